@@ -1,0 +1,11 @@
+module sluice
+
+go 1.26.0
+
+toolchain go1.27.3
+
+require (
+	github.com/caarlos0/env/v11 v11.4.2
+	github.com/lmittmann/tint v1.2.1
+	golang.org/x/sys v0.49.0
+)
