@@ -11,28 +11,26 @@
 //	      → write the head re-made from slices of the old one → response head → body moved, not held → log
 //	  → CONNECT: resolve, judge, dial → 200 → one goroutine per direction moves bytes in the kernel → log
 //
-// Contents, in the order in which data flows:
-//
-//	Entry · Configuration · Server · Clients · Wires and buffers · Heads · Requests · Policy · Names · Dialling · Pool ·
-//	Forwarding · Bodies · Tunnels · Answers · Logs · Admin · Platform contract (tune_linux.go, tune_other.go)
+// Contents, as data flows: Entry · Configuration · Server · Clients · Wires and buffers · Heads · Requests · Policy ·
+// Names and dialling · Pool · Forwarding · Bodies · Tunnels · Answers · Logs · Admin · Platform contract (tune_linux.go, tune_other.go).
 //
 // What it deliberately does not do: cache, rewrite, intercept TLS, serve files, act as a reverse proxy, take flags.
 //
 // Invariants:
 //
-//   - A client connection belongs to the goroutine of client.serve. While a request body is being sent, exchange.upload
-//     owns the client's reading side and the upstream's writing side; serve joins it before it touches either again.
-//   - Slices into a wire's buffer are valid until that wire is filled again. What must live longer is copied.
-//   - A wire that waits for bytes holds no buffer, an idle tunnel no pipe.
-//   - The address that policy judged is the address that is dialled: a name is resolved once per attempt.
-//   - Locks: server.mu, client.mu and pool.mu are leaves; none is taken while another is held.
+//   - A client connection belongs to the goroutine of client.serve. While it runs, exchange.sendBody owns the client's reading
+//     side and the upstream's writing side.
+//   - Slices into a wire's buffer are valid until that wire is filled again.
+//   - A connection between requests holds no buffer, an idle tunnel neither buffer nor pipe.
+//   - The address that policy judged is the address that is dialled.
+//   - Every lock is a leaf: none is taken while another is held.
 package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	_ "embed"
-	"encoding"
 	"errors"
 	"fmt"
 	"io"
@@ -45,8 +43,10 @@ import (
 	"os"
 	"os/signal"
 	"reflect"
+	"regexp"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -80,8 +80,7 @@ func main() {
 	os.Exit(exitStatus(run(ctx, os.Environ(), os.Stdout), os.Stderr))
 }
 
-// awaitSignals drains at the first SIGTERM or SIGINT and ends the process at the second. As process 1 of a container
-// there is no default action to fall back to, so both are handled here.
+// awaitSignals drains at the first SIGTERM or SIGINT and exits at the second: process 1 of a container has no default action.
 func awaitSignals(drain func()) {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
@@ -119,25 +118,24 @@ func command(args, environ []string, stdout, stderr io.Writer) int {
 	return 2
 }
 
-// run serves until ctx is done, then drains. It returns nil after a drain, configErrors for a bad environment, and any
-// other error when it could not listen. Logs go to stdout.
+// run serves until ctx is done, then drains. Its error is a configErrors for a bad environment. Logs go to stdout.
 func run(ctx context.Context, environ []string, stdout io.Writer) error {
-	cfg, err := loadConfig(environ)
+	cfg, _, err := loadConfig(environ)
 	if err != nil {
 		return err
 	}
-	log := newLogger(&cfg.config, stdout)
-	defer log.close()
-	s, err := newServer(&cfg.config, log)
+	log := newLogger(cfg, stdout)
+	defer log.queue.close(time.Second)
+	s, err := newServer(cfg, log)
 	if err != nil {
 		return err
 	}
-	findings := tuneKernel(&s.cfg) // before listening: the backlog is read from somaxconn when a socket starts to listen
+	tuneKernel(cfg, log.process) // before listening: the backlog is read from somaxconn when a socket starts to listen
 	if err := s.listen(ctx); err != nil {
 		s.close()
 		return err
 	}
-	s.logStart(findings)
+	s.logStart()
 	s.start()
 	<-ctx.Done()
 	s.drain()
@@ -149,89 +147,46 @@ func run(ctx context.Context, environ []string, stdout io.Writer) error {
 
 const envPrefix = "SLUICE_"
 
-// config is what the environment sets. Each field's comment is the manual: `sluice env` and the README print it.
+// config is what the environment sets, a variable a line. The comments are the manual: `sluice env` and the README print them.
 type config struct {
-	// Addresses to serve on; an empty host means every interface. The image sets `:3128`.
-	Listen addresses `env:"LISTEN" envDefault:"127.0.0.1:3128"`
-	// SO_REUSEPORT listeners per address; 0 = one per usable CPU.
-	Listeners int `env:"LISTENERS" envDefault:"0"`
-	// Address of `/healthz` and `/readyz`; `off` = none.
-	Admin string `env:"ADMIN" envDefault:"127.0.0.1:3129"`
-	// This hop's name in Via and Proxy-Status; a request that carries it in Via has come back and is refused. The default
-	// is the host name.
-	Name string `env:"NAME"`
-	// Who may connect: CIDRs, addresses, `loopback`, `private`, `all`.
-	AllowClients clientSet `env:"ALLOW_CLIENTS" envDefault:"loopback,private"`
-	// Destination ports and ranges, as in `80,443,8000-8099`; `*` = all.
-	AllowPorts portSet `env:"ALLOW_PORTS" envDefault:"80,443"`
-	// Names that may resolve to private addresses (compose service names): `example.com` that name, `*.example.com` names
-	// below it, `.example.com` both, an IP, a CIDR, each with an optional `:port`.
-	AllowPrivateHosts hostRules `env:"ALLOW_PRIVATE_HOSTS"`
-	// Addresses allowed although they are not public, as in `10.20.0.0/16,127.0.0.1`.
-	AllowCIDRs prefixes `env:"ALLOW_CIDRS"`
-	// Bytes of a request or response head. At most 256 fields are taken whatever its size.
-	MaxHeader size `env:"MAX_HEADER" envDefault:"64KiB"`
-	// Bytes of a request body; 0 = no limit.
-	MaxRequestBody size `env:"MAX_REQUEST_BODY" envDefault:"0"`
-	// Bytes of a response body; 0 = no limit.
-	MaxResponseBody size `env:"MAX_RESPONSE_BODY" envDefault:"0"`
-	// From a request's first byte to the end of its head.
-	HeaderTimeout time.Duration `env:"HEADER_TIMEOUT" envDefault:"10s"`
-	// A client connection between requests, and before the first.
-	IdleTimeout time.Duration `env:"IDLE_TIMEOUT" envDefault:"75s"`
-	// Looking a name up and connecting.
-	DialTimeout time.Duration `env:"DIAL_TIMEOUT" envDefault:"10s"`
-	// From the request's end to the response head.
-	ResponseTimeout time.Duration `env:"RESPONSE_TIMEOUT" envDefault:"60s"`
-	// Without a byte moving in a body.
-	BodyTimeout time.Duration `env:"BODY_TIMEOUT" envDefault:"60s"`
-	// A tunnel without a byte in either direction.
-	TunnelIdleTimeout time.Duration `env:"TUNNEL_IDLE_TIMEOUT" envDefault:"10m"`
-	// A tunnel without a byte after one side closed.
-	TunnelHalfCloseTimeout time.Duration `env:"TUNNEL_HALF_CLOSE_TIMEOUT" envDefault:"30s"`
-	// Whole life of a tunnel.
-	TunnelMaxAge time.Duration `env:"TUNNEL_MAX_AGE" envDefault:"0"`
-	// From SIGTERM to the end; `docker stop` kills after 10s. 0 = end at once.
-	DrainTimeout time.Duration `env:"DRAIN_TIMEOUT" envDefault:"8s"`
-	// Idle upstream connections kept in all; 0 = none.
-	PoolIdle int `env:"POOL_IDLE" envDefault:"1024"`
-	// Idle upstream connections kept per host and port; 0 = none.
-	PoolIdlePerHost int `env:"POOL_IDLE_PER_HOST" envDefault:"128"`
-	// How long an idle upstream connection is kept.
-	PoolIdleTimeout time.Duration `env:"POOL_IDLE_TIMEOUT" envDefault:"30s"`
-	// How long a DNS answer is reused; 0 = not at all.
-	DNSCacheTTL time.Duration `env:"DNS_CACHE_TTL" envDefault:"5s"`
-	// How long an answer may still serve when its refresh fails; 0 = not at all.
-	DNSStale time.Duration `env:"DNS_STALE" envDefault:"5m"`
-	// One lookup.
-	DNSTimeout time.Duration `env:"DNS_TIMEOUT" envDefault:"5s"`
-	// Resolvers, `host:port` with an IP address as host; by default the system's.
-	DNSServers addresses `env:"DNS_SERVERS"`
-	// Least level that is logged: `debug`, `info`, `warn`, `error`.
-	LogLevel slog.Level `env:"LOG_LEVEL" envDefault:"info"`
-	// `json`; `text` (for people); `auto` = text on a terminal, else json.
-	LogFormat string `env:"LOG_FORMAT" envDefault:"auto"`
-	// Share of connection, request and tunnel records kept per level, as in `debug=0.01,info=0.1`; levels not named are
-	// kept. Records about the process itself are never sampled.
-	LogSample shares `env:"LOG_SAMPLE"`
-	// Records waiting to be written; when full, new ones are dropped and counted, never waited for.
-	LogBuffer int `env:"LOG_BUFFER" envDefault:"8192"`
-	// Log query strings, in `url.query`. User info and credentials are never logged.
-	LogQuery bool `env:"LOG_QUERY" envDefault:"false"`
-	// Kernel settings: `check` warns of those that fall short, `apply` also writes them where the container may, `off`.
-	Tune string `env:"TUNE" envDefault:"check"`
-	// Descriptor limit to ask for; 0 = the hard limit, at most 1,048,576.
-	NOFILE int `env:"NOFILE" envDefault:"0"`
+	Listen                 []string      `env:"LISTEN" envDefault:"127.0.0.1:3128"`          // Addresses to serve on; an empty host means every interface. The image sets `:3128`.
+	Listeners              int           `env:"LISTENERS" envDefault:"0"`                    // SO_REUSEPORT listeners per address; 0 = one per usable CPU.
+	Admin                  string        `env:"ADMIN" envDefault:"127.0.0.1:3129"`           // Address of `/healthz` and `/readyz`; `off` = none.
+	Name                   string        `env:"NAME"`                                        // This hop's name in Via and Proxy-Status; a request that carries it in Via has come back and is refused. The default is the host name.
+	AllowClients           prefixes      `env:"ALLOW_CLIENTS" envDefault:"loopback,private"` // Who may connect: CIDRs, addresses, `loopback`, `private`, `all`.
+	AllowPorts             portSet       `env:"ALLOW_PORTS" envDefault:"80,443"`             // Destination ports and ranges, as in `80,443,8000-8099`; `*` = all.
+	AllowPrivateHosts      hostRules     `env:"ALLOW_PRIVATE_HOSTS"`                         // Names that may resolve to private addresses (compose service names): `example.com` that name, `*.example.com` names below it, `.example.com` both, an IP, a CIDR, each with an optional `:port`.
+	AllowCIDRs             prefixes      `env:"ALLOW_CIDRS"`                                 // Addresses allowed although they are not public, as in `10.20.0.0/16,127.0.0.1`.
+	MaxHeader              size          `env:"MAX_HEADER" envDefault:"64KiB"`               // Bytes of a request or response head. At most 256 fields are taken whatever its size.
+	MaxRequestBody         size          `env:"MAX_REQUEST_BODY" envDefault:"0"`             // Bytes of a request body; 0 = no limit.
+	MaxResponseBody        size          `env:"MAX_RESPONSE_BODY" envDefault:"0"`            // Bytes of a response body; 0 = no limit.
+	HeaderTimeout          time.Duration `env:"HEADER_TIMEOUT" envDefault:"10s"`             // From a request's first byte to the end of its head.
+	IdleTimeout            time.Duration `env:"IDLE_TIMEOUT" envDefault:"75s"`               // A client connection between requests, and before the first.
+	DialTimeout            time.Duration `env:"DIAL_TIMEOUT" envDefault:"10s"`               // Looking a name up and connecting.
+	ResponseTimeout        time.Duration `env:"RESPONSE_TIMEOUT" envDefault:"60s"`           // From the request's end to the response head.
+	BodyTimeout            time.Duration `env:"BODY_TIMEOUT" envDefault:"60s"`               // Without a byte moving in a body.
+	TunnelIdleTimeout      time.Duration `env:"TUNNEL_IDLE_TIMEOUT" envDefault:"10m"`        // A tunnel without a byte in either direction.
+	TunnelHalfCloseTimeout time.Duration `env:"TUNNEL_HALF_CLOSE_TIMEOUT" envDefault:"30s"`  // A tunnel without a byte after one side closed.
+	TunnelMaxAge           time.Duration `env:"TUNNEL_MAX_AGE" envDefault:"0"`               // Whole life of a tunnel.
+	DrainTimeout           time.Duration `env:"DRAIN_TIMEOUT" envDefault:"8s"`               // From SIGTERM to the end; `docker stop` kills after 10s. 0 = end at once.
+	PoolIdle               int           `env:"POOL_IDLE" envDefault:"1024"`                 // Idle upstream connections kept in all; 0 = none.
+	PoolIdlePerHost        int           `env:"POOL_IDLE_PER_HOST" envDefault:"128"`         // Idle upstream connections kept per host and port; 0 = none.
+	PoolIdleTimeout        time.Duration `env:"POOL_IDLE_TIMEOUT" envDefault:"30s"`          // How long an idle upstream connection is kept.
+	DNSCacheTTL            time.Duration `env:"DNS_CACHE_TTL" envDefault:"5s"`               // How long a DNS answer is reused; 0 = not at all.
+	DNSStale               time.Duration `env:"DNS_STALE" envDefault:"5m"`                   // How long an answer may still serve when its refresh fails; 0 = not at all.
+	DNSTimeout             time.Duration `env:"DNS_TIMEOUT" envDefault:"5s"`                 // One lookup.
+	DNSServers             []string      `env:"DNS_SERVERS"`                                 // Resolvers, `host:port` with an IP address as host; by default the system's.
+	LogLevel               slog.Level    `env:"LOG_LEVEL" envDefault:"info"`                 // Least level that is logged: `debug`, `info`, `warn`, `error`.
+	LogFormat              string        `env:"LOG_FORMAT" envDefault:"auto"`                // `json`; `text` (for people); `auto` = text on a terminal, else json.
+	LogSample              shares        `env:"LOG_SAMPLE"`                                  // Share of connection, request and tunnel records kept per level, as in `debug=0.01,info=0.1`; levels not named are kept. Records about the process itself are never sampled.
+	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written; when full, new ones are dropped and counted, never waited for.
+	LogQuery               bool          `env:"LOG_QUERY" envDefault:"false"`                // Log query strings, in `url.query`. User info and credentials are never logged.
+	Tune                   string        `env:"TUNE" envDefault:"check"`                     // Kernel settings: `check` warns of those that fall short, `apply` also writes them where the container may, `off`.
+	NOFILE                 int           `env:"NOFILE" envDefault:"0"`                       // Descriptor limit to ask for; 0 = the hard limit, at most 1,048,576.
 }
 
-// loadedConfig is a config and where each value came from, for `sluice env`.
-type loadedConfig struct {
-	config
-	vars []variable
-}
-
-// variable describes one field of config: its name without the prefix, its texts, and its origin: `default`,
-// `environment`, the path of a file, or `host name`.
+// variable describes one field of config: its name without the prefix, the texts of its default and its value, where that came
+// from (`default`, `environment`, `host name` or the path of a file), and its manual.
 type variable struct{ field, name, def, value, origin, doc string }
 
 // configErrors is every fault of an environment, one a line: variable, value and reason.
@@ -241,59 +196,63 @@ func (e configErrors) Error() string {
 	return "the environment cannot be used:\n  " + strings.Join(e, "\n  ")
 }
 
-// loadConfig reads environ ("NAME=value") into a config. Its error is a configErrors with every fault at once.
-func loadConfig(environ []string) (*loadedConfig, error) {
-	cfg := &loadedConfig{vars: variables()}
-	cfg.LogSample = shares{1, 1, 1, 1}
-	values, bad := cfg.gather(environ)
-	err := env.ParseWithOptions(&cfg.config, env.Options{Prefix: envPrefix, Environment: values})
-	var all env.AggregateError
-	if errors.As(err, &all) {
-		for _, e := range all.Errors {
-			bad = append(bad, cfg.explain(e))
+// loadConfig reads environ ("NAME=value"), and says where each value came from. Its error is a configErrors with every fault.
+func loadConfig(environ []string) (*config, []variable, error) {
+	cfg := &config{LogSample: shares{1, 1, 1, 1}}
+	vars := variables()
+	values, bad := gather(environ, vars)
+	complain := func(i int, reason string) { // once per variable
+		line := fmt.Sprintf("%s%s=%q: ", envPrefix, vars[i].name, vars[i].value)
+		if !slices.ContainsFunc(bad, func(b string) bool { return strings.HasPrefix(b, line) }) {
+			bad = append(bad, line+reason)
 		}
 	}
-	if len(all.Errors) == 0 {
-		bad = append(bad, cfg.config.faults()...)
+	err := env.ParseWithOptions(cfg, env.Options{Prefix: envPrefix, Environment: values})
+	var all env.AggregateError
+	errors.As(err, &all)
+	for _, err := range all.Errors {
+		var pe env.ParseError // names the field, not the variable
+		if !errors.As(err, &pe) {
+			return nil, nil, err
+		}
+		complain(slices.IndexFunc(vars, func(v variable) bool { return v.field == pe.Name }), pe.Err.Error())
 	}
+	cfg.check(func(ok bool, name, reason string) {
+		if !ok {
+			complain(slices.IndexFunc(vars, func(v variable) bool { return v.name == name }), reason)
+		}
+	})
 	if len(bad) > 0 {
-		return nil, bad
+		return nil, nil, bad
 	}
-	return cfg, nil
+	return cfg, vars, nil
 }
 
-// variables lists the fields of config in order, with the comments that stand above them in the source.
+// variables lists the fields of config in order, with the comments that stand behind them in the source.
 func variables() []variable {
-	docs, comment := map[string]string{}, ""
+	var vars []variable
+	docs := map[string]string{}
 	_, block, _ := strings.Cut(source, "\ntype config struct {\n")
 	block, _, _ = strings.Cut(block, "\n}\n")
 	for line := range strings.Lines(block) {
-		line = strings.TrimSpace(line)
-		if text, ok := strings.CutPrefix(line, "// "); ok {
-			comment += text + " "
-			continue
-		}
-		name, _, _ := strings.Cut(line, " ")
-		docs[name], comment = strings.TrimSpace(comment), ""
+		_, docs[strings.Fields(line)[0]], _ = strings.Cut(strings.TrimSpace(line), " // ")
 	}
-	var vars []variable
 	for f := range reflect.TypeFor[config]().Fields() {
 		vars = append(vars, variable{field: f.Name, name: f.Tag.Get("env"), def: f.Tag.Get("envDefault"), doc: docs[f.Name]})
 	}
 	return vars
 }
 
-// gather picks Sluice's variables out of environ, reads those given as files, and notes origins. An empty value counts
-// as unset, since compose files pass `${X:-}` on.
-func (cfg *loadedConfig) gather(environ []string) (map[string]string, configErrors) {
+// gather picks Sluice's variables out of environ and reads those given as files. An empty one counts as unset: compose's `${X:-}`.
+func gather(environ []string, vars []variable) (map[string]string, configErrors) {
 	given, values, bad := map[string]string{}, map[string]string{}, configErrors(nil)
 	for _, kv := range environ {
 		if k, v, _ := strings.Cut(kv, "="); strings.HasPrefix(k, envPrefix) && v != "" {
 			given[k] = v
 		}
 	}
-	for i := range cfg.vars {
-		v := &cfg.vars[i]
+	for i := range vars {
+		v := &vars[i]
 		key := envPrefix + v.name
 		text, direct := given[key]
 		path, byFile := given[key+"_FILE"]
@@ -314,165 +273,80 @@ func (cfg *loadedConfig) gather(environ []string) (map[string]string, configErro
 			}
 			v.value, v.origin = strings.TrimSpace(string(b)), path
 		case v.name == "NAME":
-			v.value, v.origin = hostName(), "host name"
+			v.value, v.origin = "sluice", "fallback"
+			if name, _ := os.Hostname(); isToken([]byte(name)) {
+				v.value, v.origin = name, "host name"
+			}
 		}
 		values[key] = v.value
 	}
+	links := regexp.MustCompile("^SLUICE_(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_.*)$") // injected for a service named sluice
 	for key := range given {
-		if !isServiceLink(key) {
-			bad = append(bad, fmt.Sprintf("%s: unknown variable; the nearest is %s", key, nearest(key, cfg.vars)))
+		if !links.MatchString(key) {
+			bad = append(bad, fmt.Sprintf("%s: unknown variable; the nearest is %s", key, nearest(key, vars)))
 		}
 	}
 	return values, bad
 }
 
-// hostName is the default for NAME: the host's, or "sluice" where that cannot stand in a Via field.
-func hostName() string {
-	name, err := os.Hostname()
-	if err != nil || !isToken([]byte(name)) {
-		return "sluice"
-	}
-	return name
-}
-
-// isServiceLink reports whether key is one that an orchestrator injects for a service called "sluice".
-func isServiceLink(key string) bool {
-	rest := strings.TrimPrefix(key, envPrefix)
-	return rest == "SERVICE_HOST" || rest == "PORT" || strings.HasPrefix(rest, "PORT_") || strings.HasPrefix(rest, "SERVICE_PORT")
-}
-
-// nearest names the variable closest to key by edit distance (Levenshtein).
+// nearest names the variable that shares the longest beginning and end with key, relative to their lengths.
 func nearest(key string, vars []variable) string {
-	best, least := "", math.MaxInt
-	for _, v := range vars {
-		name := envPrefix + v.name
-		row := make([]int, len(name)+1)
-		for j := range row {
-			row[j] = j
+	alike := func(v variable) int {
+		name, n := envPrefix+v.name, 0
+		for n < min(len(name), len(key)) && name[n] == key[n] {
+			n++
 		}
-		for i := range len(key) {
-			diagonal := row[0]
-			row[0] = i + 1
-			for j := range len(name) {
-				change := diagonal
-				if key[i] != name[j] {
-					change++
-				}
-				diagonal = row[j+1]
-				row[j+1] = min(change, row[j]+1, row[j+1]+1)
-			}
+		for i := 1; n+i <= min(len(name), len(key)) && name[len(name)-i] == key[len(key)-i]; i++ {
+			n++
 		}
-		if d := row[len(name)]; d < least {
-			best, least = name, d
-		}
+		return 2*n - len(name)
 	}
-	return best
+	return envPrefix + slices.MaxFunc(vars, func(a, b variable) int { return alike(a) - alike(b) }).name
 }
 
-// explain turns an error of the env package, which names struct fields, into one that names the variable and its value.
-func (cfg *loadedConfig) explain(err error) string {
-	var pe env.ParseError
-	if errors.As(err, &pe) {
-		for _, v := range cfg.vars {
-			if v.field == pe.Name {
-				return fmt.Sprintf("%s%s=%q: %v", envPrefix, v.name, v.value, pe.Err)
-			}
-		}
+// check demands what the types of the fields cannot.
+func (c *config) check(demand func(ok bool, name, reason string)) {
+	for f, v := range reflect.ValueOf(c).Elem().Fields() {
+		demand(!v.CanInt() || v.Int() >= 0 || f.Name == "LogLevel", f.Tag.Get("env"), "must not be negative")
 	}
-	return err.Error()
-}
-
-// faults checks what the types of the fields cannot.
-func (c *config) faults() (bad configErrors) {
-	complain := func(name string, value any, reason string) {
-		bad = append(bad, fmt.Sprintf("%s%s=%q: %s", envPrefix, name, fmt.Sprint(value), reason))
-	}
-	v := reflect.ValueOf(*c)
-	for i := range v.NumField() {
-		if f := v.Field(i); f.CanInt() && f.Type() != reflect.TypeFor[slog.Level]() && f.Int() < 0 {
-			complain(v.Type().Field(i).Tag.Get("env"), f.Interface(), "must not be negative")
-		}
-	}
-	if len(c.Listen) == 0 {
-		complain("LISTEN", "", "names no address")
-	}
-	if c.Admin != "off" {
-		if _, err := netip.ParseAddrPort(anyHost(c.Admin)); err != nil {
-			complain("ADMIN", c.Admin, "is neither an IP address and port nor off")
-		}
+	for _, a := range c.Listen {
+		demand(isAddress(a, 0), "LISTEN", fmt.Sprintf("%q is not an IP address and a port, as in 127.0.0.1:3128 or :3128", a))
 	}
 	for _, a := range c.DNSServers {
-		if ap, err := netip.ParseAddrPort(a); err != nil || ap.Port() == 0 {
-			complain("DNS_SERVERS", a, "a resolver is an IP address and a port, as in 10.0.0.2:53")
-		}
+		demand(isAddress(a, 1), "DNS_SERVERS", fmt.Sprintf("%q is not an IP address and a port, as in 10.0.0.2:53", a))
 	}
-	if !isToken([]byte(c.Name)) {
-		complain("NAME", c.Name, "may hold letters, digits and !#$%&'*+-.^_`|~ only (RFC 9110, Via pseudonym)")
-	}
-	if c.MaxHeader < 1024 || c.MaxHeader > 16<<20 {
-		complain("MAX_HEADER", int64(c.MaxHeader), "must be between 1KiB and 16MiB")
-	}
-	if c.LogBuffer == 0 {
-		complain("LOG_BUFFER", c.LogBuffer, "must be at least 1")
-	}
-	switch c.LogFormat {
-	case "auto", "json", "text":
-	default:
-		complain("LOG_FORMAT", c.LogFormat, "is none of json, text, auto")
-	}
-	switch c.Tune {
-	case "check", "apply", "off":
-	default:
-		complain("TUNE", c.Tune, "is none of check, apply, off")
-	}
-	return bad
+	demand(c.Admin == "off" || isAddress(c.Admin, 0), "ADMIN", "is neither an IP address and a port nor off")
+	demand(isToken([]byte(c.Name)), "NAME", "may hold letters, digits and !#$%&'*+-.^_`|~ only (RFC 9110, Via pseudonym)")
+	demand(c.MaxHeader >= 1024 && c.MaxHeader <= 16<<20, "MAX_HEADER", "must be between 1KiB and 16MiB")
+	demand(c.LogBuffer > 0, "LOG_BUFFER", "must be at least 1")
+	demand(slices.Contains([]string{"auto", "json", "text"}, c.LogFormat), "LOG_FORMAT", "is none of json, text, auto")
+	demand(slices.Contains([]string{"check", "apply", "off"}, c.Tune), "TUNE", "is none of check, apply, off")
+}
+
+// isAddress reports whether text is host:port with an IP address, "localhost" or nothing as its host, and a port from least.
+func isAddress(text string, least uint64) bool {
+	host, port, err := net.SplitHostPort(text)
+	n, bad := strconv.ParseUint(port, 10, 16)
+	return err == nil && bad == nil && n >= least && (host == "" || host == "localhost" || net.ParseIP(host) != nil)
 }
 
 // printEnv writes a table of every variable: default, value in force, where it came from, meaning.
 func printEnv(environ []string, out io.Writer) error {
-	cfg, err := loadConfig(environ)
+	_, vars, err := loadConfig(environ)
 	if err != nil {
 		return err
 	}
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "VARIABLE\tDEFAULT\tVALUE\tFROM\tMEANING")
-	for _, v := range cfg.vars {
+	for _, v := range vars {
 		fmt.Fprintf(t, "%s%s\t%s\t%s\t%s\t%s\n", envPrefix, v.name, v.def, strings.Join(strings.Fields(v.value), " "), v.origin, v.doc)
 	}
 	return t.Flush()
 }
 
-// The types of config's fields. Each reads one variable's whole text.
-var _ = []encoding.TextUnmarshaler{(*addresses)(nil), (*size)(nil), (*portSet)(nil), (*clientSet)(nil), (*prefixes)(nil), (*hostRules)(nil), (*shares)(nil)}
-
-// items splits a comma-separated list, dropping space and empty items.
+// items splits a list at commas and white space.
 func items(text []byte) []string {
-	return strings.FieldsFunc(string(text), func(r rune) bool { return r == ',' || r == ' ' || r == '\n' || r == '\t' || r == '\r' })
-}
-
-// addresses is a list of host:port.
-type addresses []string
-
-func (a *addresses) UnmarshalText(text []byte) error {
-	*a = nil
-	for _, item := range items(text) {
-		if _, err := netip.ParseAddrPort(anyHost(item)); err != nil {
-			return fmt.Errorf("%q is not an IP address and a port, as in 127.0.0.1:3128 or :3128", item)
-		}
-		*a = append(*a, item)
-	}
-	return nil
-}
-
-// anyHost gives addr an explicit host: ":3128" becomes "[::]:3128", "localhost:1" becomes "127.0.0.1:1".
-func anyHost(addr string) string {
-	if port, ok := strings.CutPrefix(addr, "localhost:"); ok {
-		return "127.0.0.1:" + port
-	}
-	if strings.HasPrefix(addr, ":") {
-		return "[::]" + addr
-	}
-	return addr
+	return strings.FieldsFunc(string(text), func(r rune) bool { return strings.ContainsRune(", \t\r\n", r) })
 }
 
 // size is a number of bytes: 65536, 64KiB, 10MB.
@@ -485,7 +359,7 @@ func (s *size) UnmarshalText(text []byte) error {
 		"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 	unit, known := units[strings.ToLower(strings.TrimSpace(t[len(digits):]))]
 	n, err := strconv.ParseFloat(digits, 64)
-	if !known || err != nil || n < 0 || n*unit >= math.MaxInt64 {
+	if !known || err != nil || strings.Trim(digits, "0123456789.") != "" || n*unit >= math.MaxInt64 {
 		return errors.New("is not a size, as in 65536, 64KiB or 10MB")
 	}
 	*s = size(n * unit)
@@ -519,28 +393,34 @@ func (p *portSet) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// prefixes is a list of address blocks; a bare address is a block of one.
+// prefixes is a list of address blocks; a bare address is a block of one, and some sets have a name.
 type prefixes []netip.Prefix
 
 func (p *prefixes) UnmarshalText(text []byte) error {
+	sets := map[string]string{"all": "0.0.0.0/0 ::/0", "loopback": "127.0.0.0/8 ::1", "private": "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"}
 	*p = nil
 	for _, item := range items(text) {
-		block, err := parsePrefix(item)
-		if err != nil {
-			return err
+		for block := range strings.FieldsSeq(cmp.Or(sets[item], item)) {
+			prefix, err := parsePrefix(block)
+			if err != nil {
+				return err
+			}
+			*p = append(*p, prefix)
 		}
-		*p = append(*p, block)
 	}
 	return nil
 }
 
 func (p prefixes) contains(a netip.Addr) bool {
-	for _, block := range p {
-		if block.Contains(a) {
-			return true
-		}
+	return slices.ContainsFunc(p, func(block netip.Prefix) bool { return block.Contains(a) })
+}
+
+// blocks reads a list that is part of this program.
+func blocks(text string) (list prefixes) {
+	for _, block := range strings.Fields(text) {
+		list = append(list, netip.MustParsePrefix(block))
 	}
-	return false
+	return list
 }
 
 func parsePrefix(text string) (netip.Prefix, error) {
@@ -549,36 +429,9 @@ func parsePrefix(text string) (netip.Prefix, error) {
 	}
 	block, err := netip.ParsePrefix(text)
 	if err != nil || block.Addr().Is4In6() {
-		return block, fmt.Errorf("%q is not an address or a CIDR", text)
+		return block, fmt.Errorf("%q is not an address, a CIDR, loopback, private or all", text)
 	}
 	return block.Masked(), nil
-}
-
-// clientSet says who may connect.
-type clientSet struct {
-	all    bool
-	blocks prefixes
-}
-
-func (c *clientSet) UnmarshalText(text []byte) error {
-	words := map[string]string{
-		"all":      "0.0.0.0/0 ::/0",
-		"loopback": "127.0.0.0/8 ::1",
-		"private":  "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7", // RFC 1918, RFC 4193
-	}
-	*c = clientSet{}
-	for _, item := range items(text) {
-		c.all = c.all || item == "all"
-		if word, ok := words[item]; ok {
-			item = word
-		}
-		var blocks prefixes
-		if err := blocks.UnmarshalText([]byte(item)); err != nil {
-			return fmt.Errorf("%w, and not one of loopback, private, all", err)
-		}
-		c.blocks = append(c.blocks, blocks...)
-	}
-	return nil
 }
 
 // shares is the share of records kept per level, indexed by shareOf.
@@ -601,91 +454,63 @@ func (s *shares) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// hostRules matches destinations by name, address and port.
+// hostRules matches destinations by name, address and port; port 0 stands for every port.
 type hostRules struct {
-	exact map[string][]uint16 // name → ports; port 0 stands for every port
-	below map[string][]uint16 // domain → ports, for the names under it
-	nets  []netRule
-}
-
-type netRule struct {
-	block netip.Prefix
-	port  uint16
+	names map[string][]uint16 // "example.com": that name; ".example.com": the names below it
+	nets  map[netip.Prefix][]uint16
 }
 
 func (r *hostRules) UnmarshalText(text []byte) error {
-	*r = hostRules{exact: map[string][]uint16{}, below: map[string][]uint16{}}
+	*r = hostRules{map[string][]uint16{}, map[netip.Prefix][]uint16{}}
 	for _, item := range items(text) {
-		if err := r.add(strings.ToLower(item)); err != nil {
-			return err
+		if !r.add(strings.ToLower(item)) {
+			return fmt.Errorf("rule %q is not a name, *.name, .name, address or CIDR, with or without :port", item)
 		}
 	}
 	return nil
 }
 
-// add takes one rule: name, *.name, .name, address or CIDR, each with an optional :port; an IPv6 address or CIDR with a
-// port stands in brackets.
-func (r *hostRules) add(rule string) error {
-	host, port := rule, uint16(0)
+// add takes one rule. An IPv6 address or CIDR that has a port stands in brackets.
+func (r *hostRules) add(rule string) bool {
+	host, port := rule, uint64(0)
 	if _, err := parsePrefix(rule); err != nil { // a bare IPv6 address has colons, but no port
 		if i := strings.LastIndexByte(rule, ':'); i >= 0 {
-			n, err := strconv.ParseUint(rule[i+1:], 10, 16)
-			if err != nil || n == 0 {
-				return fmt.Errorf("rule %q: bad port", rule)
-			}
-			host, port = rule[:i], uint16(n)
-		}
-	}
-	if block, err := parsePrefix(strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")); err == nil {
-		r.nets = append(r.nets, netRule{block, port})
-		return nil
-	}
-	name, under := strings.CutPrefix(host, "*.")
-	if !under {
-		name = strings.TrimPrefix(host, ".")
-		under = name != host
-	}
-	name = strings.TrimSuffix(name, ".")
-	if !isHostName([]byte(name)) {
-		return fmt.Errorf("rule %q: not a name, an address or a CIDR", rule)
-	}
-	if under {
-		r.below[name] = append(r.below[name], port)
-	}
-	if !strings.HasPrefix(host, "*.") {
-		r.exact[name] = append(r.exact[name], port)
-	}
-	return nil
-}
-
-// match reports whether a rule covers host (lower case, no trailing dot; ip set where it is an address) and port. It costs
-// one hash lookup per label, whatever the number of rules by name.
-func (r *hostRules) match(host []byte, ip netip.Addr, port uint16) bool {
-	if ip.IsValid() {
-		for _, n := range r.nets {
-			if n.block.Contains(ip) && (n.port == 0 || n.port == port) {
-				return true
+			host = rule[:i]
+			if port, err = strconv.ParseUint(rule[i+1:], 10, 16); err != nil || port == 0 {
+				return false
 			}
 		}
-		return false
 	}
-	if hasPort(r.exact[string(host)], port) {
+	if block, err := parsePrefix(strings.Trim(host, "[]")); err == nil {
+		r.nets[block] = append(r.nets[block], uint16(port))
 		return true
 	}
-	for i := bytes.IndexByte(host, '.'); i >= 0 && len(r.below) > 0; {
-		host = host[i+1:]
-		if hasPort(r.below[string(host)], port) {
-			return true
-		}
-		i = bytes.IndexByte(host, '.')
+	host = strings.TrimSuffix(host, ".")
+	name, below := strings.CutPrefix(host, "*.")
+	if !below {
+		name, below = strings.CutPrefix(host, ".")
+		r.names[name] = append(r.names[name], uint16(port))
 	}
-	return false
+	if below {
+		r.names["."+name] = append(r.names["."+name], uint16(port))
+	}
+	return isHostName([]byte(name))
 }
 
-func hasPort(ports []uint16, port uint16) bool {
-	for _, p := range ports {
-		if p == 0 || p == port {
+// match reports whether a rule covers host (lower case, no trailing dot) or ip, and port. A name costs a lookup per label.
+func (r *hostRules) match(host []byte, ip netip.Addr, port uint16) bool {
+	covers := func(ports []uint16) bool { return slices.Contains(ports, 0) || slices.Contains(ports, port) }
+	for block, ports := range r.nets {
+		if block.Contains(ip) && covers(ports) {
 			return true
+		}
+	}
+	for at := 0; at >= 0 && len(r.names) > 0; {
+		if covers(r.names[string(host)]) {
+			return true
+		}
+		if at = bytes.IndexByte(host[1:], '.'); at >= 0 {
+			host = host[at+1:]
 		}
 	}
 	return false
@@ -698,59 +523,46 @@ func hasPort(ports []uint16, port uint16) bool {
 type server struct {
 	cfg       config
 	log       *logger
-	buffers   bufferPool
+	buffers   sync.Pool // of *[bufferSize]byte
 	exchanges sync.Pool // of *exchange
 	names     *resolver
 	pool      *pool
 	watcher   *watcher
 	sockets   sockets
-	hop       []byte // "NAME\r\n", the end of the Via field this hop adds
-	status    string // "NAME; error=", the start of its Proxy-Status
+	hop       []byte // "NAME\r\n", the end of the Via field that this hop adds
 
 	listeners []*net.TCPListener
 	own       []netip.AddrPort // where this process listens, the admin listener included
-	admin     *http.Server     // nil when ADMIN=off
-	adminOn   net.Listener
+	admin     *http.Server
+	adminOn   net.Listener // nil when ADMIN=off
 	draining  atomic.Bool
-	stopping  chan struct{}  // closed when the background goroutines are to end
-	accepting sync.WaitGroup // accept loops
-	serving   sync.WaitGroup // client connections
-	behind    sync.WaitGroup // janitor, watcher, admin
+	clients   sync.Map // of *client, while they are open
 
-	mu      sync.Mutex
-	clients map[*client]struct{} // guarded by mu
+	accepting, serving, behind sync.WaitGroup // accept loops; client connections; watcher and admin
 }
 
-func newServer(cfg *config, log *logger) (*server, error) {
-	s := &server{cfg: *cfg, log: log, clients: map[*client]struct{}{}, stopping: make(chan struct{})}
+func newServer(cfg *config, log *logger) (s *server, err error) {
+	s = &server{cfg: *cfg, log: log, names: newResolver(cfg), pool: newPool(cfg)}
 	s.hop = []byte(cfg.Name + "\r\n")
-	s.status = sfItem(cfg.Name) + "; error="
+	s.buffers.New = func() any { return new([bufferSize]byte) }
 	s.exchanges.New = func() any {
 		x := &exchange{srv: s}
 		x.awaitClient, x.awaitOrigin = x.armClient, x.armOrigin
 		return x
 	}
-	s.sockets.deadPeer = cfg.TunnelIdleTimeout
-	if s.sockets.deadPeer == 0 {
-		s.sockets.deadPeer = 15 * time.Minute
-	}
-	s.names = newResolver(cfg)
-	s.pool = newPool(cfg)
-	var err error
+	const long = 15 * time.Minute
+	s.sockets.deadPeer = max(cmp.Or(cfg.TunnelIdleTimeout, long), cmp.Or(cfg.BodyTimeout, long), time.Minute)
 	s.watcher, err = newWatcher()
 	return s, err
 }
 
-// listen opens the client listeners, one socket per CPU and address so that the kernel spreads connections over accept
-// queues, and the admin listener.
+// listen opens the admin listener and, per address and CPU, a client listener: the kernel spreads connections over them.
 func (s *server) listen(ctx context.Context) error {
 	lc := net.ListenConfig{Control: s.sockets.listening, KeepAlive: -1} // accepted sockets inherit what Control sets
 	lc.SetMultipathTCP(false)                                           // splice(2) and the socket options want plain TCP
 	count := 1
-	if canReusePort && s.cfg.Listeners == 0 {
-		count = runtime.GOMAXPROCS(0) // minds the affinity mask and the cgroup's CPU quota
-	} else if canReusePort {
-		count = s.cfg.Listeners
+	if canReusePort {
+		count = cmp.Or(s.cfg.Listeners, runtime.GOMAXPROCS(0)) // which minds the affinity mask and the cgroup's CPU quota
 	}
 	for _, addr := range s.cfg.Listen {
 		for i := range count {
@@ -760,7 +572,7 @@ func (s *server) listen(ctx context.Context) error {
 			}
 			s.listeners = append(s.listeners, l.(*net.TCPListener))
 			if i == 0 {
-				s.own = append(s.own, addrPortOf(l.Addr()))
+				s.own = append(s.own, addrPort(l.Addr()))
 				addr = l.Addr().String() // port 0 is chosen once
 			}
 		}
@@ -768,9 +580,9 @@ func (s *server) listen(ctx context.Context) error {
 	if s.cfg.Admin != "off" {
 		l, err := net.Listen("tcp", s.cfg.Admin)
 		if err != nil {
-			return fmt.Errorf("ADMIN: %w", err)
+			return fmt.Errorf("SLUICE_ADMIN: %w", err)
 		}
-		s.own = append(s.own, addrPortOf(l.Addr()))
+		s.own = append(s.own, addrPort(l.Addr()))
 		s.adminOn, s.admin = l, newAdmin(s)
 	}
 	return nil
@@ -779,8 +591,7 @@ func (s *server) listen(ctx context.Context) error {
 // start begins to accept.
 func (s *server) start() {
 	s.behind.Go(s.watcher.run)
-	s.behind.Go(s.janitor)
-	if s.admin != nil {
+	if s.adminOn != nil {
 		s.behind.Go(s.serveAdmin)
 	}
 	for _, l := range s.listeners {
@@ -788,13 +599,12 @@ func (s *server) start() {
 	}
 }
 
-// accept serves connections until its listener is closed. An error, such as a lack of descriptors, is said once and
-// waited out: nothing but the drain ends it.
+// accept serves connections until the drain. An error, such as a lack of descriptors, is said once and waited out.
 func (s *server) accept(l *net.TCPListener) {
 	var pause time.Duration
 	for {
 		conn, err := l.AcceptTCP()
-		if errors.Is(err, net.ErrClosed) {
+		if errors.Is(err, net.ErrClosed) || err != nil && s.draining.Load() {
 			return
 		}
 		if err != nil {
@@ -802,10 +612,7 @@ func (s *server) accept(l *net.TCPListener) {
 				s.log.process.Warn("accept failed, retrying", "address", l.Addr().String(), logMessage, err.Error())
 			}
 			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			select {
-			case <-time.After(pause):
-			case <-s.stopping:
-			}
+			time.Sleep(pause)
 			continue
 		}
 		pause = 0
@@ -814,26 +621,7 @@ func (s *server) accept(l *net.TCPListener) {
 	}
 }
 
-// janitor closes pooled connections that have been idle for too long.
-func (s *server) janitor() {
-	every := time.Second
-	if t := s.cfg.PoolIdleTimeout; t > 0 {
-		every = min(every, t)
-	}
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	for {
-		select {
-		case now := <-tick.C:
-			s.pool.expire(now)
-		case <-s.stopping:
-			return
-		}
-	}
-}
-
-// drain ends the server within DRAIN_TIMEOUT: it stops accepting, lets what runs finish, closes idle connections at once,
-// and cuts what is left when the time is over.
+// drain stops accepting, closes idle connections, lets what runs finish, and cuts what is left when DRAIN_TIMEOUT is over.
 func (s *server) drain() {
 	begun := time.Now()
 	s.draining.Store(true)
@@ -842,32 +630,26 @@ func (s *server) drain() {
 		l.Close()
 	}
 	s.accepting.Wait()
-	s.eachClient((*client).wakeIdle)
+	s.eachClient((*client).closeIdle)
 	finished := make(chan struct{})
-	go s.awaitServing(finished)
+	time.AfterFunc(0, func() { s.serving.Wait(); close(finished) })
 	cut := 0
 	select {
 	case <-finished:
 	case <-time.After(s.cfg.DrainTimeout):
-		cut = s.eachClient((*client).cut)
+		cut = s.eachClient((*client).sever)
 		<-finished
 	}
 	s.close()
 	s.log.process.Info("stopped", "cut", cut, logDuration, milliseconds(time.Since(begun)))
 }
 
-func (s *server) awaitServing(finished chan struct{}) {
-	s.serving.Wait()
-	close(finished)
-}
-
 // close ends everything but client connections.
 func (s *server) close() {
-	close(s.stopping)
 	for _, l := range s.listeners {
 		l.Close()
 	}
-	if s.admin != nil {
+	if s.adminOn != nil {
 		s.admin.Close()
 		s.adminOn.Close()
 	}
@@ -878,103 +660,74 @@ func (s *server) close() {
 }
 
 // eachClient calls f for every open client connection and returns how many there were.
-func (s *server) eachClient(f func(*client)) int {
-	s.mu.Lock()
-	open := make([]*client, 0, len(s.clients))
-	for c := range s.clients {
-		open = append(open, c)
+func (s *server) eachClient(f func(*client)) (n int) {
+	for c := range s.clients.Range {
+		f(c.(*client))
+		n++
 	}
-	s.mu.Unlock()
-	for _, c := range open {
-		f(c)
-	}
-	return len(open)
+	return n
 }
 
 // isOwn reports whether ap is where this process listens: a connection there would come back to it.
 func (s *server) isOwn(ap netip.AddrPort) bool {
-	for _, o := range s.own {
-		if o.Port() != ap.Port() {
-			continue
-		}
-		if o.Addr() == ap.Addr() || ap.Addr().IsUnspecified() || o.Addr().IsUnspecified() && isLocal(ap.Addr()) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(s.own, func(o netip.AddrPort) bool {
+		return o.Port() == ap.Port() && (o.Addr() == ap.Addr() || ap.Addr().IsUnspecified() || o.Addr().IsUnspecified() && isLocal(ap.Addr()))
+	})
 }
 
-// isLocal reports whether an address belongs to this host. It is asked only about ports that Sluice listens on, so the
-// interfaces are listed afresh each time.
+// isLocal reports whether an address is this host's. It is asked about ports that Sluice listens on alone, so it may be slow.
 func isLocal(a netip.Addr) bool {
-	if a.IsLoopback() {
-		return true
-	}
 	addrs, _ := net.InterfaceAddrs()
-	for _, i := range addrs {
-		if p, err := netip.ParsePrefix(i.String()); err == nil && p.Addr().Unmap() == a {
-			return true
-		}
-	}
-	return false
+	return a.IsLoopback() || slices.ContainsFunc(addrs, func(i net.Addr) bool {
+		p, err := netip.ParsePrefix(i.String())
+		return err == nil && p.Addr().Unmap() == a
+	})
 }
 
-func addrPortOf(a net.Addr) netip.AddrPort {
+func addrPort(a net.Addr) netip.AddrPort {
 	ap := a.(*net.TCPAddr).AddrPort()
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// logStart says what is in force, and each kernel setting that falls short.
-func (s *server) logStart(findings []finding) {
-	listen := make([]string, 0, len(s.own))
+// logStart says what is in force.
+func (s *server) logStart() {
+	var listen []string
 	for _, l := range s.listeners {
-		if a := l.Addr().String(); len(listen) == 0 || listen[len(listen)-1] != a {
-			listen = append(listen, a)
-		}
+		listen = append(listen, l.Addr().String())
 	}
-	admin := "off"
+	admin := s.cfg.Admin
 	if s.adminOn != nil {
 		admin = s.adminOn.Addr().String()
 	}
-	s.log.process.Info("listening", "version", version, "addresses", listen, "admin", admin, "name", s.cfg.Name,
-		"listeners", len(s.listeners), "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
-		"max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
-	for _, f := range findings {
-		s.log.process.Warn("kernel setting falls short", "setting", f.setting, "found", f.found, "wanted", f.wanted,
-			"why", f.why, "mend", f.mend)
-	}
+	s.log.process.Info("listening", "version", version, "addresses", slices.Compact(listen), "listeners", len(listen), "admin", admin,
+		"name", s.cfg.Name, "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(), "max_header", int64(s.cfg.MaxHeader),
+		"pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Clients
 
-// hangupGrace is how long a client that has closed its sending side still gets for the answer it waits for. Whether it
-// has left or only half-closed (`printf … | nc -N`) cannot be told without sending.
-const hangupGrace = time.Second
-
-// client is one client connection and the state of the exchange it is in.
+// client is one client connection and what others need to know of the exchange it is in.
 type client struct {
 	wire
 	srv   *server
 	addr  netip.Addr
 	watch watched
+	idle  atomic.Bool // between requests
 
-	mu       sync.Mutex
-	idle     bool      // between requests; guarded by mu
-	gone     bool      // has hung up; guarded by mu
-	upstream *upstream // carries this client's request or tunnel; guarded by mu
-	tunneled bool      // upstream carries a tunnel, which sees hang-ups itself; guarded by mu
-	giveUp   func()    // ends the lookup or dial under way; guarded by mu
-	failed   *failure  // why the request's body could not be sent on; guarded by mu
-	severed  bool      // the drain ran out; guarded by mu
+	mu       sync.Mutex // guards what follows
+	gone     bool       // has hung up
+	severed  bool       // the drain has cut it
+	upstream *upstream  // carries this client's request or tunnel
+	tunneled bool       // upstream carries a tunnel, which sees hang-ups itself
+	giveUp   func()     // ends the lookup or dial under way
+	failed   *failure   // why the request's body could not be sent on
 }
 
 func (s *server) newClient(conn *net.TCPConn) *client {
-	c := &client{srv: s, addr: addrPortOf(conn.RemoteAddr()).Addr()}
-	c.wire.init(conn, &s.buffers, smallBuffer)
-	s.mu.Lock()
-	s.clients[c] = struct{}{}
-	s.mu.Unlock()
+	c := &client{srv: s, addr: addrPort(conn.RemoteAddr()).Addr()}
+	c.wire.init(conn, &s.buffers)
+	s.clients.Store(c, nil)
 	return c
 }
 
@@ -983,8 +736,11 @@ func (c *client) serve() {
 	defer c.srv.serving.Done()
 	defer c.end()
 	c.srv.log.debug("client connected", c.addr)
-	if !c.srv.cfg.AllowClients.blocks.contains(c.addr) && !c.srv.cfg.AllowClients.all {
-		c.refuse()
+	if !c.srv.cfg.AllowClients.contains(c.addr) { // before a byte is read
+		x := c.srv.exchanges.Get().(*exchange)
+		x.begin(c)
+		x.conclude(fail(403, tokenDenied, "client address %s is not allowed (SLUICE_ALLOW_CLIENTS)", c.addr))
+		c.linger()
 		return
 	}
 	c.srv.watcher.add(&c.watch, c.raw, c)
@@ -1002,196 +758,100 @@ func (c *client) end() {
 		c.srv.log.process.Error("panic", logType, tokenInternal, logMessage, fmt.Sprint(p), "stack", string(debug.Stack()))
 	}
 	c.srv.watcher.remove(&c.watch)
-	c.conn.Close()
+	c.tcp.Close()
 	c.drop()
-	c.srv.mu.Lock()
-	delete(c.srv.clients, c)
-	c.srv.mu.Unlock()
+	c.srv.clients.Delete(c)
 	c.srv.log.debug("client closed", c.addr)
-}
-
-// refuse answers a client whose address is not allowed, before a byte of it is read.
-func (c *client) refuse() {
-	x := c.srv.exchanges.Get().(*exchange)
-	x.begin(c)
-	x.failure = fail(403, tokenDenied, "client address %s is not allowed (SLUICE_ALLOW_CLIENTS)", c.addr)
-	x.answer(x.failure)
-	x.record()
-	c.linger()
 }
 
 // awaitRequest returns when a request has begun, false when none will. It holds no buffer while it waits.
 func (c *client) awaitRequest() bool {
-	c.want = smallBuffer
 	if c.buffered() > 0 {
 		return true
 	}
-	c.release()
-	if !c.setIdle(true) {
-		return false
-	}
-	err := c.fillIdle()
-	c.setIdle(false)
-	return err == nil
+	c.drop()
+	c.tcp.SetReadDeadline(deadline(c.srv.cfg.IdleTimeout))
+	c.idle.Store(true)
+	defer c.idle.Store(false)
+	return !c.srv.draining.Load() && c.fillIdle() == nil // draining is looked at last: closeIdle may have been here before
 }
 
-// setIdle marks the connection as between requests or not; false means that it is not to wait, since a drain has begun.
-func (c *client) setIdle(idle bool) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.idle = idle
-	if !idle {
-		return true
-	}
-	c.conn.SetReadDeadline(deadline(c.srv.cfg.IdleTimeout))
-	return !c.srv.draining.Load()
-}
-
-// wakeIdle ends the wait of a connection that is between requests.
-func (c *client) wakeIdle() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.idle {
-		c.conn.SetReadDeadline(longAgo())
+// closeIdle ends the wait of a connection that is between requests.
+func (c *client) closeIdle() {
+	if c.idle.Load() {
+		c.tcp.CloseRead()
 	}
 }
 
-// cut ends the connection and what runs on it.
-func (c *client) cut() {
+// abandon ends the lookup, the dial or the exchange with an origin that is under way; a tunnel sees hang-ups itself.
+func (c *client) abandon() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.severed, c.gone = true, true
 	if c.giveUp != nil {
 		c.giveUp()
 	}
-	if c.upstream != nil {
-		c.upstream.conn.Close()
-	}
-	c.conn.Close()
-}
-
-// hungUp is called by the watcher when the client has closed its sending side (reset: the whole connection). The wait for
-// an upstream, of which the client's goroutine knows nothing while it lasts, is ended here.
-func (c *client) hungUp(reset bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.gone = true
-	grace := hangupGrace
-	if reset {
-		grace = 0
-	}
-	if c.upstream != nil && !c.tunneled {
-		c.upstream.conn.SetReadDeadline(time.Now().Add(grace))
-	}
-	if c.giveUp != nil {
-		time.AfterFunc(grace, c.giveUp)
+	if c.upstream != nil && (c.severed || !c.tunneled) {
+		c.upstream.tcp.Close()
 	}
 }
 
-// setUpstream notes the connection that carries the client's request, nil when none does any more. It reports whether the
-// drain has cut them.
-func (c *client) setUpstream(up *upstream, tunneled bool) (severed bool) {
+// sever ends the connection and what runs on it: the drain's time is over.
+func (c *client) sever() {
+	c.mu.Lock()
+	c.severed, c.gone = true, true
+	c.mu.Unlock()
+	c.abandon()
+	c.tcp.Close()
+}
+
+// track notes what carries the client's request or tunnel, or how to end the dial under way. It reports whether the drain cut it.
+func (c *client) track(up *upstream, tunneled bool, giveUp func()) (severed bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.upstream, c.tunneled, c.failed = up, tunneled, nil
-	if c.severed && up != nil {
-		up.conn.Close()
+	c.upstream, c.tunneled, c.giveUp, c.failed = up, tunneled, giveUp, nil
+	if c.gone && (up != nil || giveUp != nil) {
+		time.AfterFunc(hangupGrace, c.abandon)
 	}
 	return c.severed
 }
 
-// setGiveUp notes how to end the lookup or dial under way, nil when there is none.
-func (c *client) setGiveUp(f func()) {
-	c.mu.Lock()
-	c.giveUp = f
-	if f != nil && c.gone {
-		time.AfterFunc(hangupGrace, f)
-	}
-	c.mu.Unlock()
-}
-
-// hasLeft reports whether the client hung up.
-func (c *client) hasLeft() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.gone
-}
-
-// linger closes the sending side and reads on for a while, so that the answer is not destroyed by the reset that unread
-// bytes would cause (RFC 9112, 9.6).
+// linger reads on for a while, so that the reset that unread bytes cause does not destroy the answer (RFC 9112, 9.6).
 func (c *client) linger() {
-	if c.tcp == nil || c.tcp.CloseWrite() != nil {
+	if c.tcp.CloseWrite() != nil {
 		return
 	}
-	c.conn.SetReadDeadline(time.Now().Add(hangupGrace))
-	for discarded := 0; discarded < 16<<20; {
-		c.r = c.w
-		if c.fill() != nil {
+	c.tcp.SetReadDeadline(time.Now().Add(hangupGrace))
+	for n := 0; n < 16<<20; n += c.buffered() {
+		if c.r = c.w; c.fill() != nil {
 			return
 		}
-		discarded += c.buffered()
 	}
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Wires and buffers
 
-const (
-	smallBuffer = 4 << 10  // request heads
-	largeBuffer = 32 << 10 // responses and bodies
-)
-
-// bufferPool hands out buffers of smallBuffer and largeBuffer bytes; larger ones are left to the collector.
-type bufferPool struct{ small, large sync.Pool }
-
-func (p *bufferPool) get(n int) []byte {
-	switch {
-	case n <= smallBuffer:
-		if b, ok := p.small.Get().(*[smallBuffer]byte); ok {
-			return b[:]
-		}
-		return make([]byte, smallBuffer)
-	case n <= largeBuffer:
-		if b, ok := p.large.Get().(*[largeBuffer]byte); ok {
-			return b[:]
-		}
-		return make([]byte, largeBuffer)
-	}
-	return make([]byte, n)
-}
-
-func (p *bufferPool) put(b []byte) {
-	switch cap(b) {
-	case smallBuffer:
-		p.small.Put((*[smallBuffer]byte)(b[:smallBuffer]))
-	case largeBuffer:
-		p.large.Put((*[largeBuffer]byte)(b[:largeBuffer]))
-	}
-}
+// bufferSize is that of pooled buffers: it holds nearly every head, and a head with a common API response.
+const bufferSize = 16 << 10
 
 // wire is one connection and the bytes that were read from it and not used yet.
 type wire struct {
-	conn    net.Conn
-	tcp     *net.TCPConn    // conn where it is plain TCP, for splice and half-close; nil otherwise
+	tcp     *net.TCPConn
 	raw     syscall.RawConn // of tcp
-	buffers *bufferPool
-	want    int    // size of the next buffer
-	buf     []byte // nil while nothing is held
-	r, w    int    // buf[r:w] is unused
-	vec     [3][]byte
-	vecs    net.Buffers
+	buffers *sync.Pool      // of *[bufferSize]byte
+	buf     []byte          // nil while nothing is held
+	r, w    int             // buf[r:w] is unused
+	vec     [3][]byte       // used by write
+	vecs    net.Buffers     // used by write
 
 	idleRead func(uintptr) bool // readIdle, stored since a method value would be allocated at each wait
 	idleErr  error
 }
 
-func (w *wire) init(conn net.Conn, buffers *bufferPool, want int) {
-	w.conn, w.buffers, w.want = conn, buffers, want
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		w.tcp = tcp
-		w.raw, _ = tcp.SyscallConn() // fails on nil only
-		w.idleRead = w.readIdle
-	}
+func (w *wire) init(conn *net.TCPConn, buffers *sync.Pool) {
+	w.tcp, w.buffers = conn, buffers
+	w.raw, _ = conn.SyscallConn() // fails on nil only
+	w.idleRead = w.readIdle
 }
 
 func (w *wire) buffered() int  { return w.w - w.r }
@@ -1200,7 +860,7 @@ func (w *wire) unused() []byte { return w.buf[w.r:w.w] }
 // fill reads once, into what room there is or is made. It returns an error only when nothing was read.
 func (w *wire) fill() error {
 	w.makeRoom()
-	n, err := w.conn.Read(w.buf[w.w:])
+	n, err := w.tcp.Read(w.buf[w.w:])
 	w.w += n
 	if n > 0 {
 		return nil
@@ -1208,104 +868,92 @@ func (w *wire) fill() error {
 	return err
 }
 
-// makeRoom sees to it that buf[w:] is not empty: unused bytes move to the front, a full buffer is replaced by a larger one.
+// makeRoom sees to it that buf[w:] is not empty: unused bytes move to the front, a full buffer gives way to a larger one.
 func (w *wire) makeRoom() {
-	if w.r == w.w {
-		w.r, w.w = 0, 0
-		if len(w.buf) < w.want {
-			w.drop()
-			w.buf = w.buffers.get(w.want)
-		}
-	}
-	if w.w < len(w.buf) {
-		return
-	}
-	b := w.buf
-	if w.r == 0 {
-		b = w.buffers.get(2 * len(w.buf))
-	}
-	n := copy(b, w.unused())
-	if w.r == 0 {
-		w.buffers.put(w.buf)
-	}
-	w.buf, w.r, w.w = b, 0, n
-}
-
-// release gives an empty buffer back.
-func (w *wire) release() {
-	if w.r == w.w {
+	switch {
+	case w.buf == nil:
+		w.buf = w.buffers.Get().(*[bufferSize]byte)[:]
+	case w.r > 0:
+		w.r, w.w = 0, copy(w.buf, w.unused())
+	case w.w == len(w.buf):
+		b := make([]byte, 2*len(w.buf))
+		n := copy(b, w.buf)
 		w.drop()
+		w.buf, w.w = b, n
 	}
 }
 
 // drop gives the buffer back whatever it holds.
 func (w *wire) drop() {
-	if w.buf != nil {
-		w.buffers.put(w.buf)
-		w.buf, w.r, w.w = nil, 0, 0
+	if len(w.buf) == bufferSize {
+		w.buffers.Put((*[bufferSize]byte)(w.buf))
 	}
+	w.buf, w.r, w.w = nil, 0, 0
 }
 
-// abort makes the close that follows a reset.
-func (w *wire) abort() {
-	if w.tcp != nil {
-		w.tcp.SetLinger(0)
-	}
-}
-
-// write sends up to three pieces with one system call. The time limit is for each of them to be taken by the kernel.
+// write sends up to three pieces with one system call. The limit is for the kernel to take them.
 func (w *wire) write(limit time.Duration, a, b, c []byte) error {
-	w.conn.SetWriteDeadline(deadline(limit))
+	w.tcp.SetWriteDeadline(deadline(limit))
 	if len(b) == 0 && len(c) == 0 {
-		_, err := w.conn.Write(a)
+		_, err := w.tcp.Write(a)
 		return err
 	}
 	w.vec = [3][]byte{a, b, c}
 	w.vecs = w.vec[:]
-	_, err := w.vecs.WriteTo(w.conn)
+	_, err := w.vecs.WriteTo(w.tcp)
 	w.vec = [3][]byte{}
 	return err
 }
 
-// readHead reads until a whole head stands at the front of the unused bytes, and returns its length including the empty
-// line that ends it. Empty lines before it are skipped (RFC 9112, 2.2). limit is the most bytes it may have; until is when
-// a head that is not here yet must be, zero if a deadline is set already. Errors: headFault, or that of the read.
-func (w *wire) readHead(limit int, until time.Time) (int, error) {
-	line, pos := 0, 0 // where the line under way began, and up to where it was searched
-	for {
+// readHead reads until a whole head stands at the front of the unused bytes, and takes it, with the empty line that ends it.
+// Empty lines before it are skipped (RFC 9112, 2.2). limit is the most bytes it may have; until is when a head that is not here
+// yet must be, zero if a deadline is set already. Errors: a fault, or that of the read. The head is valid until the wire is
+// filled again.
+func (w *wire) readHead(limit int, until time.Time) ([]byte, error) {
+	for line := 0; ; { // where the line under way begins
 		b := w.unused()
 		if len(b) > 0 && line == 0 && b[0] != '\r' && octets[b[0]]&tokenOctet == 0 {
-			return 0, faultBadStart // TLS, SOCKS and the like: no line end may ever come
+			return nil, fault("the first byte cannot begin an HTTP/1 message") // TLS, SOCKS: no line end may ever come
 		}
-		for i := bytes.IndexByte(b[pos:], '\n'); i >= 0; i = bytes.IndexByte(b[pos:], '\n') {
-			pos += i + 1
-			if pos < 2 || b[pos-2] != '\r' {
-				return 0, faultBareLF
-			}
-			if pos == line+2 && line > 0 {
-				return pos, nil
-			}
-			if pos == line+2 { // an empty line before the first
-				w.r += pos
-				b, pos = w.unused(), 0
-				continue
-			}
-			line = pos
+		end, next, err := sectionEnd(b, line)
+		switch {
+		case err != nil:
+			return nil, err
+		case end == 2:
+			w.r += 2
+			continue
+		case end > 0:
+			w.r += end
+			return b[:end], nil
+		case len(b) >= limit && next == 0:
+			return nil, faultLineTooLong
+		case len(b) >= limit:
+			return nil, faultHeadTooLarge
 		}
-		pos = len(b)
-		if len(b) >= limit && line == 0 {
-			return 0, faultLineTooLong
-		}
-		if len(b) >= limit {
-			return 0, faultHeadTooLarge
-		}
+		line = next
 		if !until.IsZero() {
-			w.conn.SetReadDeadline(until)
+			w.tcp.SetReadDeadline(until)
 			until = time.Time{}
 		}
 		if err := w.fill(); err != nil {
-			return 0, err
+			return nil, err
 		}
+	}
+}
+
+// sectionEnd finds the end of lines that an empty one ends, past that; 0 while it is not here, then the unfinished line is at next.
+func sectionEnd(b []byte, line int) (end, next int, err error) {
+	for {
+		i := bytes.IndexByte(b[line:], '\n')
+		switch {
+		case i < 0:
+			return 0, line, nil
+		case i == 0 || b[line+i-1] != '\r':
+			return 0, 0, fault("a line does not end with CRLF")
+		case i == 1:
+			return line + 2, 0, nil
+		}
+		line += i + 1
 	}
 }
 
@@ -1325,9 +973,6 @@ func within(d time.Duration) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.Background(), d)
 }
 
-// longAgo is a deadline that ends a wait at once.
-func longAgo() time.Time { return time.Unix(1, 0) }
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Heads
 
@@ -1339,12 +984,10 @@ const (
 	hostOctet               // names in an authority; "_" stands in many container names
 )
 
-var octets = octetTable()
-
-func octetTable() (t [256]uint8) {
+var octets = func() (t [256]uint8) {
 	for i := range 256 {
 		b := byte(i)
-		alnum := b >= '0' && b <= '9' || b >= 'a' && b <= 'z' || b >= 'A' && b <= 'Z'
+		alnum := b >= '0' && b <= '9' || b|0x20 >= 'a' && b|0x20 <= 'z'
 		if alnum || strings.IndexByte("!#$%&'*+-.^_`|~", b) >= 0 {
 			t[i] |= tokenOctet
 		}
@@ -1354,12 +997,12 @@ func octetTable() (t [256]uint8) {
 		if b > 0x20 && b < 0x7f && b != '#' {
 			t[i] |= targetOctet
 		}
-		if alnum || b == '-' || b == '.' || b == '_' {
+		if alnum || strings.IndexByte("-._", b) >= 0 {
 			t[i] |= hostOctet
 		}
 	}
 	return t
-}
+}()
 
 // all reports whether b is made of octets of one kind only.
 func all(b []byte, kind uint8) bool {
@@ -1373,36 +1016,18 @@ func all(b []byte, kind uint8) bool {
 
 func isToken(b []byte) bool { return len(b) > 0 && all(b, tokenOctet) }
 
-// headFault is what is wrong with a message's framing or head.
-type headFault string
+// fault is what is wrong with a message's framing or head.
+type fault string
 
-func (f headFault) Error() string { return string(f) }
+func (f fault) Error() string { return string(f) }
 
 const (
-	faultBadStart      headFault = "the first byte cannot begin an HTTP/1 message"
-	faultBareLF        headFault = "a line does not end with CRLF"
-	faultLineTooLong   headFault = "the first line is too long"
-	faultHeadTooLarge  headFault = "the head is too large"
-	faultManyFields    headFault = "the head has more than 256 fields"
-	faultFirstLine     headFault = "malformed first line"
-	faultVersion       headFault = "the version is neither HTTP/1.0 nor HTTP/1.1"
-	faultFold          headFault = "a field line begins with a space (obs-fold)"
-	faultName          headFault = "a field name is empty, holds an invalid byte, or is not followed by a colon"
-	faultValue         headFault = "a field value holds an invalid byte"
-	faultLength        headFault = "invalid Content-Length"
-	faultLengths       headFault = "Content-Length fields differ"
-	faultCoding        headFault = "Transfer-Encoding other than a single chunked"
-	faultBothFramings  headFault = "both Content-Length and Transfer-Encoding"
-	faultCodingIn10    headFault = "Transfer-Encoding in an HTTP/1.0 message"
-	faultHost          headFault = "Host is missing, repeated or invalid"
-	faultOptions       headFault = "too many options in Connection"
-	faultMaxForwards   headFault = "invalid Max-Forwards"
-	faultTarget        headFault = "the request-target holds an invalid byte, a fragment or user info"
-	faultAuthority     headFault = "invalid host or port in the request-target"
-	faultChunk         headFault = "malformed chunk"
-	faultStatus        headFault = "malformed status line"
-	faultUnasked       headFault = "a 101 response that was not asked for"
-	faultInformational headFault = "too many informational responses"
+	faultLineTooLong  = fault("the first line is too long")
+	faultHeadTooLarge = fault("the head is too large")
+	faultManyFields   = fault("the head has more than 256 fields")
+	faultBodyTooLarge = fault("the body is too large")
+	faultAuthority    = fault("invalid host or port in the request-target, or user info")
+	faultChunk        = fault("malformed chunk")
 )
 
 const maxFields = 256
@@ -1414,103 +1039,49 @@ const (
 	fieldOther           fieldKind = iota // passed on
 	fieldVia                              // passed on; looked at for loops
 	fieldDate                             // passed on
+	fieldTrace                            // passed on and logged
 	fieldExpect                           // passed on, but not from HTTP/1.0
-	fieldTrace                            // traceparent: passed on and logged
-	fieldHop                              // hop-by-hop: ends here (RFC 9110, 7.6.1)
+	fieldHop                              // hop-by-hop: it and all that follow end here (RFC 9110, 7.6.1)
 	fieldHost                             // re-made from the target
 	fieldLength                           // re-made from the framing
 	fieldCoding                           // re-made from the framing
-	fieldConnection                       // ends here
-	fieldProxyConnection                  // ends here, but "close" is heeded
-	fieldTE                               // only "trailers" is passed on
-	fieldUpgrade                          // only "websocket" is passed on
+	fieldConnection                       //
+	fieldProxyConnection                  // only its "close" is heeded
+	fieldTE                               // its "trailers" is sent on
+	fieldUpgrade                          // its "websocket" is sent on
 	fieldMaxForwards                      // counted down for OPTIONS and TRACE
 )
 
+var fieldNames = [...]struct {
+	name string
+	kind fieldKind
+}{
+	{"via", fieldVia}, {"date", fieldDate}, {"traceparent", fieldTrace}, {"expect", fieldExpect}, {"keep-alive", fieldHop},
+	{"proxy-authenticate", fieldHop}, {"proxy-authorization", fieldHop}, {"host", fieldHost}, {"content-length", fieldLength},
+	{"transfer-encoding", fieldCoding}, {"connection", fieldConnection}, {"proxy-connection", fieldProxyConnection},
+	{"te", fieldTE}, {"upgrade", fieldUpgrade}, {"max-forwards", fieldMaxForwards},
+}
+
+// kindOf looks a name up. Few names agree in length and first letter, so the scan is mostly of numbers.
 func kindOf(name []byte) fieldKind {
-	is := func(known string) bool { return equalFold(name, known) }
-	switch len(name) {
-	case 2:
-		if is("te") {
-			return fieldTE
-		}
-	case 3:
-		if is("via") {
-			return fieldVia
-		}
-	case 4:
-		if is("host") {
-			return fieldHost
-		} else if is("date") {
-			return fieldDate
-		}
-	case 6:
-		if is("expect") {
-			return fieldExpect
-		}
-	case 7:
-		if is("upgrade") {
-			return fieldUpgrade
-		}
-	case 10:
-		if is("connection") {
-			return fieldConnection
-		} else if is("keep-alive") {
-			return fieldHop
-		}
-	case 11:
-		if is("traceparent") {
-			return fieldTrace
-		}
-	case 12:
-		if is("max-forwards") {
-			return fieldMaxForwards
-		}
-	case 14:
-		if is("content-length") {
-			return fieldLength
-		}
-	case 16:
-		if is("proxy-connection") {
-			return fieldProxyConnection
-		}
-	case 17:
-		if is("transfer-encoding") {
-			return fieldCoding
-		}
-	case 18:
-		if is("proxy-authenticate") {
-			return fieldHop
-		}
-	case 19:
-		if is("proxy-authorization") {
-			return fieldHop
+	for i := range fieldNames {
+		f := &fieldNames[i]
+		if len(name) == len(f.name) && name[0]|0x20 == f.name[0] && equalFold(name, f.name) {
+			return f.kind
 		}
 	}
 	return fieldOther
 }
 
-// equalFold compares b with a lower-case ASCII word, ignoring case.
+// equalFold compares b with a lower-case ASCII word, ignoring case. What folds to ASCII from outside it is longer.
 func equalFold(b []byte, lower string) bool {
-	if len(b) != len(lower) {
-		return false
-	}
-	for i, o := range b {
-		if o >= 'A' && o <= 'Z' {
-			o += 'a' - 'A'
-		}
-		if o != lower[i] {
-			return false
-		}
-	}
-	return true
+	return len(b) == len(lower) && strings.EqualFold(string(b), lower)
 }
 
-// field is one field line of a head, as offsets into it: raw[start:end] with its CRLF, the name before colon, the value
-// without white space around it.
+// field is one field line of a head, as offsets into it: raw[start:end] with its CRLF, the name before colon.
 type field struct {
-	start, colon, value, valueEnd, end uint32
-	kind                               fieldKind
+	start, colon, end uint32
+	kind              fieldKind
 }
 
 // head is a parsed message head. It points into the wire's buffer and is valid until that is filled again.
@@ -1519,80 +1090,65 @@ type head struct {
 	fields []field
 	named  [][]byte // options of Connection that name fields
 
-	minor     int   // HTTP/1.minor
-	length    int64 // Content-Length, -1 without
-	chunked   bool
-	close     bool // Connection: close
-	keepAlive bool // Connection: keep-alive
-	upgrade   bool // Connection: upgrade
-	websocket bool // Upgrade: websocket
-	trailers  bool // TE: trailers
-	expect    bool
-	dated     bool
-	looped    bool // Via names this hop
-	hosts     int
-	host      []byte
-	forwards  int64 // Max-Forwards, -1 without
-	trace     []byte
+	minor, hosts                 int   // HTTP/1.minor; number of Host fields
+	length, forwards             int64 // Content-Length, Max-Forwards; -1 without
+	chunked                      bool
+	close, keepAlive, switchOver bool   // Connection: close, keep-alive, upgrade
+	websocket                    bool   // Upgrade: websocket
+	trailers                     bool   // TE: trailers
+	dated                        bool   // has a Date
+	looped                       bool   // Via names this hop
+	host, trace                  []byte // values of Host and traceparent
 }
 
 func (h *head) reset(raw []byte) {
-	*h = head{raw: raw, fields: h.fields[:0], named: h.named[:0], length: -1, forwards: -1}
+	*h = head{raw: raw, fields: h.fields[:0], named: h.named[:0], minor: 1, length: -1, forwards: -1}
 }
 
-// name and valueOf are slices of a field line.
-func (h *head) name(f *field) []byte    { return h.raw[f.start:f.colon] }
-func (h *head) valueOf(f *field) []byte { return h.raw[f.value:f.valueEnd] }
-
-// parseFields reads the field lines of raw from at up to the empty line. hop is this hop's Via name. unfold turns obs-fold
-// into spaces, as RFC 9112, 5.2 asks of a proxy for responses; without it obs-fold is a fault.
+// parseFields reads the field lines of raw from at up to the empty line. hop is this hop's Via name. unfold turns obs-fold into
+// spaces, as RFC 9112, 5.2 asks of a proxy for responses; without it obs-fold is a fault.
 func (h *head) parseFields(at int, hop []byte, unfold bool) error {
 	for at < len(h.raw)-2 {
-		end := h.lineEnd(at, unfold)
-		line := h.raw[at : end-2]
-		colon := 0
+		end := at + bytes.IndexByte(h.raw[at:], '\n') + 1
+		for unfold && end < len(h.raw)-2 && (h.raw[end] == ' ' || h.raw[end] == '\t') {
+			h.raw[end-2], h.raw[end-1] = ' ', ' '
+			end += bytes.IndexByte(h.raw[end:], '\n') + 1
+		}
+		line, colon := h.raw[at:end-2], 0
 		for colon < len(line) && octets[line[colon]]&tokenOctet != 0 {
 			colon++
 		}
 		switch {
 		case line[0] == ' ' || line[0] == '\t':
-			return faultFold
+			return fault("a field line begins with a space (obs-fold)")
 		case colon == 0 || colon == len(line) || line[colon] != ':':
-			return faultName
+			return fault("a field name is empty, holds an invalid byte, or is not followed by a colon")
+		case !all(line[colon+1:], valueOctet):
+			return fault("a field value holds an invalid byte")
 		case len(h.fields) == maxFields:
 			return faultManyFields
 		}
-		from, to := colon+1, len(line)
-		for from < to && (line[from] == ' ' || line[from] == '\t') {
-			from++
-		}
-		for to > from && (line[to-1] == ' ' || line[to-1] == '\t') {
-			to--
-		}
-		value := line[from:to]
-		if !all(value, valueOctet) {
-			return faultValue
-		}
 		kind := kindOf(line[:colon])
-		h.fields = append(h.fields, field{uint32(at), uint32(at + colon), uint32(at + from), uint32(at + to), uint32(end), kind})
+		h.fields = append(h.fields, field{uint32(at), uint32(at + colon), uint32(end), kind})
 		if kind != fieldOther {
-			if err := h.note(kind, value, hop); err != nil {
+			if err := h.note(kind, bytes.Trim(line[colon+1:], " \t"), hop); err != nil {
 				return err
 			}
 		}
 		at = end
 	}
-	return h.conclude()
-}
-
-// lineEnd finds the end of the line at at, past its CRLF, joining folded lines where that is wanted.
-func (h *head) lineEnd(at int, unfold bool) int {
-	end := at + bytes.IndexByte(h.raw[at:], '\n') + 1
-	for unfold && end < len(h.raw)-2 && (h.raw[end] == ' ' || h.raw[end] == '\t') {
-		h.raw[end-2], h.raw[end-1] = ' ', ' '
-		end += bytes.IndexByte(h.raw[end:], '\n') + 1
+	if h.chunked && h.length >= 0 {
+		return fault("both Content-Length and Transfer-Encoding")
 	}
-	return end
+	// What Connection names ends here too, but not Via nor the fields with a rule of their own, framing and Host among them.
+	for _, named := range h.named {
+		for i := range h.fields {
+			if f := &h.fields[i]; f.kind < fieldHop && f.kind != fieldVia && bytes.EqualFold(h.raw[f.start:f.colon], named) {
+				f.kind = fieldHop
+			}
+		}
+	}
+	return nil
 }
 
 // note takes in what a field that matters says.
@@ -1600,37 +1156,28 @@ func (h *head) note(kind fieldKind, value, hop []byte) error {
 	switch kind {
 	case fieldLength:
 		n, ok := parseDecimal(value)
-		if !ok {
-			return faultLength
-		}
-		if h.length >= 0 && h.length != n {
-			return faultLengths
+		if !ok || h.length >= 0 && h.length != n {
+			return fault("invalid or differing Content-Length")
 		}
 		h.length = n
 	case fieldCoding:
-		if h.chunked || !equalFold(value, "chunked") {
-			return faultCoding
+		if h.chunked || !equalFold(value, "chunked") || h.minor == 0 {
+			return fault("Transfer-Encoding other than a single chunked, or in HTTP/1.0")
 		}
 		h.chunked = true
-	case fieldConnection, fieldProxyConnection:
-		return h.noteOptions(value, kind == fieldConnection)
+	case fieldConnection, fieldProxyConnection, fieldTE, fieldVia:
+		return h.noteList(kind, value, hop)
 	case fieldHost:
 		h.hosts++
 		h.host = value
-	case fieldTE:
-		h.trailers = h.trailers || listHas(value, "trailers")
 	case fieldUpgrade:
 		h.websocket = equalFold(value, "websocket")
-	case fieldVia:
-		h.looped = h.looped || viaNames(value, hop)
 	case fieldMaxForwards:
 		n, ok := parseDecimal(value)
 		if !ok {
-			return faultMaxForwards
+			return fault("invalid Max-Forwards")
 		}
 		h.forwards = n
-	case fieldExpect:
-		h.expect = true
 	case fieldDate:
 		h.dated = true
 	case fieldTrace:
@@ -1639,40 +1186,27 @@ func (h *head) note(kind fieldKind, value, hop []byte) error {
 	return nil
 }
 
-// noteOptions takes in a Connection field, or a Proxy-Connection field, of which only close counts.
-func (h *head) noteOptions(value []byte, genuine bool) error {
-	for option := range listItems(value) {
-		switch {
-		case equalFold(option, "close"):
-			h.close = true
-		case !genuine || equalFold(option, "te"):
-		case equalFold(option, "keep-alive"):
-			h.keepAlive = true
-		case equalFold(option, "upgrade"):
-			h.upgrade = true
-		case len(h.named) == 32: // each is compared with every field
-			return faultOptions
-		default:
-			h.named = append(h.named, option)
-		}
-	}
-	return nil
-}
-
-// conclude checks what depends on several fields, and marks those that Connection names as hop-by-hop. It never removes
-// framing, Host, Via or the other fields with a rule of their own.
-func (h *head) conclude() error {
-	if h.chunked && h.length >= 0 {
-		return faultBothFramings
-	}
-	if h.chunked && h.minor == 0 {
-		return faultCodingIn10
-	}
-	for _, named := range h.named {
-		for i := range h.fields {
-			if f := &h.fields[i]; f.kind <= fieldTrace && f.kind != fieldVia && bytes.EqualFold(h.name(f), named) {
-				f.kind = fieldHop
+// noteList takes in the elements of a comma-separated value.
+func (h *head) noteList(kind fieldKind, value, hop []byte) error {
+	for item := range bytes.SplitSeq(value, []byte{','}) {
+		switch item = bytes.Trim(item, " \t"); {
+		case kind == fieldVia: // "1.1 name (comment)"
+			if by := bytes.Fields(item); len(by) > 1 && bytes.EqualFold(by[1], hop) {
+				h.looped = true
 			}
+		case kind == fieldTE:
+			h.trailers = h.trailers || equalFold(item, "trailers")
+		case equalFold(item, "close"):
+			h.close = true
+		case kind == fieldProxyConnection || len(item) == 0 || equalFold(item, "te"):
+		case equalFold(item, "keep-alive"):
+			h.keepAlive = true
+		case equalFold(item, "upgrade"):
+			h.switchOver = true
+		case len(h.named) == 32: // each is compared with every field
+			return fault("too many options in Connection")
+		default:
+			h.named = append(h.named, item)
 		}
 	}
 	return nil
@@ -1695,22 +1229,28 @@ func (h *head) appendKept(dst []byte) []byte {
 	return append(dst, h.raw[from:to]...)
 }
 
-// parseVersion reads "HTTP/1.0" or "HTTP/1.1".
-func (h *head) parseVersion(b []byte) error {
-	switch string(b) {
-	case "HTTP/1.1":
-		h.minor = 1
-	case "HTTP/1.0":
-		h.minor = 0
-	default:
-		return faultVersion
+// setVersion reads "HTTP/1.0" or "HTTP/1.1".
+func (h *head) setVersion(b []byte) bool {
+	h.minor = int(b[len(b)-1] - '0')
+	return string(b) == "HTTP/1.1" || string(b) == "HTTP/1.0"
+}
+
+// parseStatus parses a response head: its first line, "HTTP/1.1 200 reason", and its fields.
+func (h *head) parseStatus() (int, error) {
+	end := bytes.IndexByte(h.raw, '\n') + 1
+	line := h.raw[:end-2]
+	if len(line) < 12 || line[8] != ' ' || len(line) > 12 && line[12] != ' ' || !h.setVersion(line[:8]) || !all(line, valueOctet) {
+		return 0, fault("malformed status line")
 	}
-	return nil
+	status, ok := parseDecimal(line[9:12])
+	if !ok || status < 100 {
+		return 0, fault("malformed status line")
+	}
+	return int(status), h.parseFields(end, nil, true)
 }
 
 // parseDecimal reads digits alone: no sign, no space, no overflow.
-func parseDecimal(b []byte) (int64, bool) {
-	n := int64(0)
+func parseDecimal(b []byte) (n int64, ok bool) {
 	for _, d := range b {
 		if d < '0' || d > '9' || n > (math.MaxInt64-9)/10 {
 			return 0, false
@@ -1720,103 +1260,53 @@ func parseDecimal(b []byte) (int64, bool) {
 	return n, len(b) > 0
 }
 
-// listItems yields the elements of a comma-separated field value, without white space and empty ones.
-func listItems(value []byte) func(func([]byte) bool) {
-	return func(yield func([]byte) bool) {
-		for len(value) > 0 {
-			item, rest, _ := bytes.Cut(value, []byte{','})
-			value = rest
-			if item = bytes.Trim(item, " \t"); len(item) > 0 && !yield(item) {
-				return
-			}
-		}
-	}
-}
-
-// listHas reports whether a list has an element, parameters aside.
-func listHas(value []byte, lower string) bool {
-	for item := range listItems(value) {
-		item, _, _ = bytes.Cut(item, []byte{';'})
-		if equalFold(bytes.TrimRight(item, " \t"), lower) {
-			return true
-		}
-	}
-	return false
-}
-
-// viaNames reports whether a Via value has an entry received by hop: "1.1 name", "HTTP/1.1 name (comment)".
-func viaNames(value, hop []byte) bool {
-	for item := range listItems(value) {
-		if _, by, ok := bytes.Cut(item, []byte{' '}); ok {
-			by, _, _ = bytes.Cut(bytes.TrimLeft(by, " \t"), []byte{' '})
-			if bytes.EqualFold(by, hop) {
-				return true
-			}
-		}
-	}
-	return false
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Requests
 
 // destination is where a request wants to go.
 type destination struct {
-	key  []byte     // host:port, lower case, without brackets and trailing dot: the name of its pool
-	host []byte     // the front of key
-	port uint16     //
+	key  []byte // host:port, lower case, without brackets and trailing dot: the name of its pool
+	host []byte // the front of key
+	port uint16
 	ip   netip.Addr // set where host is an address
 }
 
-// exchange is one request and its answer. It is pooled; begin makes it new.
+// exchange is one request and its answer. It belongs to the client's goroutine, and is pooled.
 type exchange struct {
-	srv *server
-	c   *client
+	srv   *server
+	c     *client
+	start time.Time
 
-	start   time.Time
-	line    []byte // the request line, copied: the slices below point into it
-	method  []byte
-	target  []byte // what the origin gets: path and query, "*", or for CONNECT nothing
-	auth    []byte // host[:port] as the client wrote it: the Host field
-	connect bool
-	dst     destination
-	req     head
-	reqBody body
+	line, out, in []byte // copies: the request line, the head for the origin (kept for a retry), the head for the client
+	method, auth  []byte // slices of line; auth is host[:port] as the client wrote it, the Host field
+	target        []byte // slice of line: what the origin gets, path and query, "*", for CONNECT nothing
+	connect       bool
+	dst           destination
+	reused        bool           // the upstream connection came from the pool
+	peer          netip.AddrPort // where it goes
 
-	out      []byte // the head for the origin; kept for a retry
-	in       []byte // the head for the client
-	resp     head
-	respBody body
-	status   int
-	keep     bool // the client connection serves another request
-	begun    bool // a byte of the final response has been sent
-	lingers  bool // the connection is to be closed with care, since unread bytes are about
+	req, resp         head
+	reqBody, respBody body
+	status            int
+	begun             bool   // a byte of the final response is on its way
+	keep, lingers     bool   // the client connection serves another request; is closed with care, since unread bytes are about
+	closed            string // why a tunnel ended
+	upBytes           int64  // of the body or tunnel, from the client
+	trace             string // traceparent's trace-id
 
-	failure                  *failure
-	reused                   bool
-	peer                     netip.AddrPort
-	closed                   string // why a tunnel ended
-	upBytes                  int64  // body or tunnel bytes from the client
-	trace                    [32]byte
-	traced                   bool
+	upload   sync.WaitGroup // the goroutine of sendBody
+	sent     atomic.Bool    // it has sent all
+	headSeen bool           // the final response has begun; guarded by client.mu
+
 	awaitClient, awaitOrigin func() // armClient and armOrigin, stored since a method value is allocated each time
-
-	upload   sync.WaitGroup // the goroutine that sends the request's body
-	sent     bool           // it sent all of it; owned by it until it ends
-	received atomic.Bool    // the client has sent all of its body
-	headSeen bool           // a final response has begun; guarded by client.mu
 }
 
+// begin makes x new, but for the memory it has.
 func (x *exchange) begin(c *client) {
-	x.c, x.start = c, time.Now()
-	x.line, x.method, x.target, x.auth, x.connect = x.line[:0], nil, nil, nil, false
-	x.dst = destination{key: x.dst.key[:0]}
-	x.reqBody, x.respBody = body{}, body{}
-	x.status, x.keep, x.begun, x.lingers = 0, false, false, false
-	x.failure, x.reused, x.peer, x.closed, x.upBytes, x.traced, x.headSeen, x.sent = nil, false, netip.AddrPort{}, "", 0, false, false, false
+	*x = exchange{srv: x.srv, c: c, start: time.Now(), line: x.line[:0], dst: destination{key: x.dst.key[:0]}, out: x.out[:0], in: x.in[:0],
+		req: head{fields: x.req.fields, named: x.req.named}, resp: head{fields: x.resp.fields, named: x.resp.named},
+		awaitClient: x.awaitClient, awaitOrigin: x.awaitOrigin}
 	x.req.reset(nil)
-	x.resp.reset(nil)
-	x.received.Store(false)
 }
 
 // serve handles one request from head to log record, and reports whether the connection can serve another.
@@ -1829,80 +1319,67 @@ func (x *exchange) serve() bool {
 	case f != nil:
 	case x.connect:
 		f = x.tunnel()
-	case x.req.forwards == 0 && (string(x.method) == "OPTIONS" || string(x.method) == "TRACE"):
+	case x.req.forwards == 0 && x.countsForwards():
 		f = x.answerSelf()
 	default:
 		f = x.forward()
 	}
-	x.failure = f
-	if f != nil && !x.begun {
-		x.answer(f)
-	}
-	x.record()
+	x.conclude(f)
 	if x.lingers {
 		x.c.linger()
 	}
-	return x.keep && !x.srv.draining.Load()
+	return x.keep
+}
+
+// conclude answers a failure where that is still possible, and writes the record.
+func (x *exchange) conclude(f *failure) {
+	if f != nil && !x.begun && f.status != 0 {
+		x.answer(f)
+	} else if f != nil {
+		x.keep = false
+	}
+	x.record(f)
 }
 
 // readRequest reads and parses a request head.
 func (x *exchange) readRequest() *failure {
-	c := x.c
-	n, err := c.readHead(int(x.srv.cfg.MaxHeader), deadline(x.srv.cfg.HeaderTimeout))
+	raw, err := x.c.readHead(int(x.srv.cfg.MaxHeader), deadline(x.srv.cfg.HeaderTimeout))
+	if err == nil {
+		end := bytes.IndexByte(raw, '\n') + 1
+		x.req.reset(raw)
+		x.line = append(x.line, raw[:end-2]...)
+		if err = x.parseLine(); err == nil {
+			err = x.req.parseFields(end, x.srv.hop[:len(x.srv.hop)-2], false)
+		}
+		if err == nil {
+			err = x.parseTarget()
+		}
+	}
 	if err != nil {
-		return x.unreadable(err)
-	}
-	raw := c.unused()[:n]
-	c.r += n // the bytes stay where they are until the wire is filled again
-	x.req.reset(raw)
-	lineEnd := bytes.IndexByte(raw, '\n') + 1
-	x.line = append(x.line, raw[:lineEnd-2]...)
-	if err := x.parseLine(); err != nil {
-		return x.malformed(err)
-	}
-	if err := x.req.parseFields(lineEnd, x.srv.hop[:len(x.srv.hop)-2], false); err != nil {
-		return x.malformed(err)
-	}
-	if t := x.req.trace; len(t) >= 55 && t[2] == '-' && t[35] == '-' && all(t[3:35], tokenOctet) {
-		x.traced = true
-		copy(x.trace[:], t[3:35])
-	}
-	if err := x.parseTarget(); err != nil {
-		return x.malformed(err)
+		x.lingers = true
+		return x.clientFailure(err, "head", x.srv.cfg.HeaderTimeout, "SLUICE_HEADER_TIMEOUT")
 	}
 	x.keep = x.req.minor == 1 && !x.req.close // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
-	x.reqBody.init(&c.wire, &x.req, bodyNone, int64(x.srv.cfg.MaxRequestBody))
-	if x.reqBody.framing != bodyNone {
-		c.want = largeBuffer
-	}
+	x.reqBody.init(&x.c.wire, &x.req, bodyNone, int64(x.srv.cfg.MaxRequestBody))
+	x.trace = traceID(string(x.req.trace))
 	return nil
 }
 
-// unreadable says why no head could be read.
-func (x *exchange) unreadable(err error) *failure {
-	var fault headFault
-	switch {
-	case errors.As(err, &fault):
-		return x.malformed(err)
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		x.lingers = true
-		return fail(408, tokenRequest, "the request's head was not complete within %v (SLUICE_HEADER_TIMEOUT)", x.srv.cfg.HeaderTimeout)
+// traceID is the trace-id of a traceparent, "" when that is not well-formed (W3C Trace Context, 3.2): version-trace-parent-flags in
+// lower-case hexadecimal, not all zero.
+func traceID(parent string) string {
+	var part [4]string
+	for i, n := range []int{2, 32, 16, 2} {
+		text, rest, more := strings.Cut(parent, "-")
+		if len(text) != n || strings.Trim(text, "0123456789abcdef") != "" || more != (i < 3) && (i < 3 || part[0] == "00") {
+			return ""
+		}
+		part[i], parent = text, rest
 	}
-	return fail(0, tokenClient, "the client left in the middle of a request's head").because(err)
-}
-
-// malformed gives the answer to a request that is not understood. Its connection is closed: where it ends is not known.
-func (x *exchange) malformed(err error) *failure {
-	x.keep, x.lingers = false, true
-	switch {
-	case errors.Is(err, faultLineTooLong):
-		return fail(414, tokenRequest, "the request-target is longer than %d bytes (SLUICE_MAX_HEADER)", x.srv.cfg.MaxHeader)
-	case errors.Is(err, faultHeadTooLarge):
-		return fail(431, tokenRequest, "the request's head is larger than %d bytes (SLUICE_MAX_HEADER)", x.srv.cfg.MaxHeader)
-	case errors.Is(err, faultManyFields):
-		return fail(431, tokenRequest, "%v", err)
+	if part[0] == "ff" || strings.Trim(part[1], "0") == "" || strings.Trim(part[2], "0") == "" {
+		return ""
 	}
-	return fail(400, tokenRequest, "%v", err)
+	return part[1]
 }
 
 // parseLine splits "METHOD target HTTP/1.1", single spaces and nothing else (RFC 9112, 3).
@@ -1910,57 +1387,48 @@ func (x *exchange) parseLine() error {
 	method, rest, ok1 := bytes.Cut(x.line, []byte{' '})
 	target, version, ok2 := bytes.Cut(rest, []byte{' '})
 	if !ok1 || !ok2 || !isToken(method) {
-		return faultFirstLine
+		return fault("malformed request line")
 	}
-	if err := x.req.parseVersion(version); err != nil {
-		return err
+	if len(version) == 0 || !x.req.setVersion(version) {
+		return fault("the version is neither HTTP/1.0 nor HTTP/1.1")
 	}
 	if len(target) == 0 || !all(target, targetOctet) {
-		return faultTarget
+		return fault("the request-target is empty, or holds an invalid byte or a fragment")
 	}
 	x.method, x.target, x.connect = method, target, string(method) == "CONNECT"
 	return nil
 }
 
-// parseTarget reads the request-target, absolute-form or for CONNECT authority-form, and checks Host against it.
+// parseTarget reads the request-target, absolute-form or for CONNECT authority-form. It overrides Host (RFC 9112, 3.2.2).
 func (x *exchange) parseTarget() error {
-	if x.req.hosts > 1 || x.req.hosts == 0 && x.req.minor == 1 {
-		return faultHost
-	}
-	if x.req.hosts == 1 {
-		if _, _, err := splitAuthority(x.req.host, 80); err != nil {
-			return faultHost
-		}
+	_, _, err := splitAuthority(x.req.host, 80)
+	if x.req.hosts > 1 || x.req.hosts == 0 && x.req.minor == 1 || x.req.hosts == 1 && err != nil {
+		return fault("Host is missing, repeated or invalid")
 	}
 	if x.connect {
 		x.auth, x.target = x.target, nil
 		return x.dst.parse(x.auth, 0)
 	}
 	const scheme = "http://"
-	if len(x.target) <= len(scheme) || !equalFold(x.target[:len(scheme)], scheme) {
-		return errors.New(unsupportedTarget(x.target))
+	switch n := min(len(scheme), len(x.target)); {
+	case equalFold(x.target[:n], scheme):
+	case x.target[0] == '/' || x.target[0] == '*':
+		return fault("this is a forward proxy: set http_proxy and https_proxy to its address, or send an absolute URL")
+	case equalFold(x.target[:n], "https:/"):
+		return fault("https URLs go through a tunnel: send CONNECT host:443")
+	default:
+		return fault("the request-target is not an http:// URL")
 	}
-	rest := x.target[len(scheme):]
-	end := bytes.IndexAny(rest, "/?")
-	if end < 0 {
-		end = len(rest)
-	}
-	x.auth, x.target = rest[:end], rest[end:]
-	if bytes.IndexByte(x.auth, '@') >= 0 {
-		return faultTarget
+	x.auth, x.target = x.target[len(scheme):], nil
+	if end := bytes.IndexAny(x.auth, "/?"); end >= 0 {
+		x.auth, x.target = x.auth[:end], x.auth[end:]
 	}
 	return x.dst.parse(x.auth, 80)
 }
 
-// unsupportedTarget explains to a person how a forward proxy is spoken to.
-func unsupportedTarget(target []byte) string {
-	switch {
-	case target[0] == '/' || target[0] == '*':
-		return "this is a forward proxy: set http_proxy and https_proxy to its address, or send an absolute URL"
-	case len(target) > 8 && equalFold(target[:8], "https://"):
-		return "https URLs go through a tunnel: send CONNECT host:443"
-	}
-	return "the request-target is not an http:// URL"
+// countsForwards reports whether Max-Forwards means something to the method (RFC 9110, 7.6.2).
+func (x *exchange) countsForwards() bool {
+	return string(x.method) == "OPTIONS" || string(x.method) == "TRACE"
 }
 
 // parse reads an authority; std is the port where it names none, 0 if it must.
@@ -1969,59 +1437,49 @@ func (d *destination) parse(authority []byte, std uint16) error {
 	if err != nil {
 		return err
 	}
-	d.port = port
 	if host[0] == '[' {
-		host = host[1 : len(host)-1]
-		d.ip, _ = netip.ParseAddr(string(host)) // checked by splitAuthority
-		d.ip = d.ip.Unmap()
-		d.key = d.ip.AppendTo(d.key[:0])
+		ip, _ := netip.ParseAddr(string(host[1 : len(host)-1])) // checked by splitAuthority
+		d.ip = ip.Unmap()
+		d.key = d.ip.AppendTo(d.key)
 	} else {
 		d.ip, _ = parseIPv4(host)
-		d.key = append(d.key[:0], host...)
+		d.key = bytes.TrimSuffix(append(d.key, host...), []byte{'.'})
 		for i, o := range d.key {
 			if o >= 'A' && o <= 'Z' {
-				d.key[i] = o + 'a' - 'A'
+				d.key[i] = o | 0x20
 			}
 		}
-		d.key = bytes.TrimSuffix(d.key, []byte{'.'})
 	}
 	n := len(d.key)
-	d.key = append(d.key, ':')
-	d.key = strconv.AppendUint(d.key, uint64(port), 10)
-	d.host = d.key[:n]
+	d.key = strconv.AppendUint(append(d.key, ':'), uint64(port), 10)
+	d.host, d.port = d.key[:n], port
 	return nil
 }
 
-// splitAuthority splits host[:port] and checks both. std is the port where none stands, 0 if one must. An IPv6 address keeps
-// its brackets.
+// splitAuthority checks host[:port]; std is the port where none stands, 0 if one must. An IPv6 address keeps its brackets.
 func splitAuthority(b []byte, std uint16) (host []byte, port uint16, err error) {
 	host, port = b, std
 	if i := bytes.LastIndexByte(b, ':'); i > bytes.LastIndexByte(b, ']') {
 		n, ok := parseDecimal(b[i+1:])
-		if !ok || n < 1 || n > 65535 {
+		if !ok || n > 65535 {
 			return nil, 0, faultAuthority
 		}
 		host, port = b[:i], uint16(n)
 	}
-	if port == 0 {
-		return nil, 0, faultAuthority
-	}
+	ok := isHostName(host)
 	if len(host) > 2 && host[0] == '[' && host[len(host)-1] == ']' {
-		a, err := netip.ParseAddr(string(host[1 : len(host)-1]))
-		if err != nil || a.Is4() || a.Zone() != "" {
-			return nil, 0, faultAuthority
-		}
-		return host, port, nil
+		ip, err := netip.ParseAddr(string(host[1 : len(host)-1]))
+		ok = err == nil && ip.Is6() && ip.Zone() == ""
 	}
-	if !isHostName(host) {
+	if !ok || port == 0 {
 		return nil, 0, faultAuthority
 	}
 	return host, port, nil
 }
 
-// isHostName accepts names of letters, digits, "-" and "_" in labels of 1 to 63 bytes, 253 in all, with or without a
-// trailing dot, and dotted-quad IPv4. A last label that is a number means an IPv4 address to resolvers and browsers (WHATWG
-// URL, "ends in a number"), in octal, hexadecimal or short forms too; only the plain form is taken.
+// isHostName accepts names of letters, digits, "-" and "_" in labels of 1 to 63 bytes, 253 in all, with or without a trailing
+// dot, and dotted-quad IPv4. A last label that is a number means an IPv4 address to resolvers and browsers (WHATWG URL, "ends
+// in a number"), in octal, hexadecimal or short forms too; only the plain form is taken.
 func isHostName(b []byte) bool {
 	b = bytes.TrimSuffix(b, []byte{'.'})
 	if len(b) == 0 || len(b) > 253 || !all(b, hostOctet) {
@@ -2029,16 +1487,11 @@ func isHostName(b []byte) bool {
 	}
 	label := b
 	for rest, more := b, true; more; {
-		label, rest, more = bytes.Cut(rest, []byte{'.'})
-		if len(label) == 0 || len(label) > 63 {
+		if label, rest, more = bytes.Cut(rest, []byte{'.'}); len(label) == 0 || len(label) > 63 {
 			return false
 		}
 	}
-	digits, hex := true, len(label) >= 2 && label[0] == '0' && label[1]|0x20 == 'x'
-	for _, o := range label {
-		digits = digits && o >= '0' && o <= '9'
-	}
-	if digits || hex {
+	if len(bytes.Trim(label, "0123456789")) == 0 || label[0] == '0' && len(label) > 1 && label[1]|0x20 == 'x' {
 		_, ok := parseIPv4(b)
 		return ok
 	}
@@ -2065,6 +1518,7 @@ func parseIPv4(b []byte) (netip.Addr, bool) {
 
 // admit decides what can be decided before a name is resolved. (Credentials and host rules will stand here.)
 func (x *exchange) admit() *failure {
+	limit := int64(x.srv.cfg.MaxRequestBody)
 	switch {
 	case x.srv.draining.Load():
 		x.keep = false
@@ -2075,99 +1529,74 @@ func (x *exchange) admit() *failure {
 		return fail(502, tokenLoop, "%s is this proxy itself", x.dst.key)
 	case !x.srv.cfg.AllowPorts.has(x.dst.port):
 		return fail(403, tokenDenied, "destination port %d is not allowed (SLUICE_ALLOW_PORTS)", x.dst.port)
-	case x.srv.cfg.MaxRequestBody > 0 && x.req.length > int64(x.srv.cfg.MaxRequestBody):
-		x.lingers = true
-		return fail(413, tokenRequest, "the request body is larger than %d bytes (SLUICE_MAX_REQUEST_BODY)", x.srv.cfg.MaxRequestBody)
+	case limit > 0 && x.req.length > limit:
+		return fail(413, tokenRequest, "the request body is larger than %d bytes (SLUICE_MAX_REQUEST_BODY)", limit)
 	}
 	return nil
 }
 
 // addressClass says what kind of destination an address is.
-type addressClass uint8
+type addressClass string
 
 const (
-	classPublic addressClass = iota
-	classUnspecified
-	classLoopback
-	classPrivate
-	classShared
-	classLinkLocal
-	classMulticast
-	classReserved
+	classPublic      addressClass = "public"
+	classUnspecified addressClass = "unspecified"
+	classMulticast   addressClass = "multicast"
 )
-
-func (c addressClass) String() string {
-	return [...]string{"public", "unspecified", "loopback", "private", "shared (carrier-grade NAT)", "link-local", "multicast", "reserved"}[c]
-}
 
 // specialBlocks are the blocks that are not public (IANA special-purpose address registries, RFC 6890).
 var specialBlocks = []struct {
 	class  addressClass
-	blocks []netip.Prefix
+	blocks prefixes
 }{
 	{classUnspecified, blocks("0.0.0.0/8 ::/128")},
-	{classLoopback, blocks("127.0.0.0/8 ::1/128")},
-	{classPrivate, blocks("10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7")},
-	{classShared, blocks("100.64.0.0/10")},
-	{classLinkLocal, blocks("169.254.0.0/16 fe80::/10")}, // cloud metadata services live here
+	{"loopback", blocks("127.0.0.0/8 ::1/128")},
+	{"private", blocks("10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7")},
+	{"shared", blocks("100.64.0.0/10")},
+	{"link-local", blocks("169.254.0.0/16 fe80::/10")}, // cloud metadata services live here
 	{classMulticast, blocks("224.0.0.0/4 ff00::/8")},
-	{classReserved, blocks("192.0.0.0/24 192.0.2.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 " +
+	{"reserved", blocks("192.0.0.0/24 192.0.2.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 " +
 		"::/96 64:ff9b:1::/48 100::/64 2001::/23 2001:db8::/32 3fff::/20 5f00::/16 fec0::/10")},
-}
-
-func blocks(text string) (list []netip.Prefix) {
-	for _, block := range strings.Fields(text) {
-		list = append(list, netip.MustParsePrefix(block))
-	}
-	return list
 }
 
 // classify tells the class of an address. One that carries an IPv4 address to which a translator or a relay on the way would
 // send (NAT64, RFC 6052; 6to4, RFC 3056) has that address's class.
 func classify(a netip.Addr) addressClass {
-	a = a.Unmap()
 	if b := a.As16(); a.Is6() && string(b[:12]) == "\x00\x64\xff\x9b\x00\x00\x00\x00\x00\x00\x00\x00" {
 		a = netip.AddrFrom4([4]byte(b[12:]))
 	} else if a.Is6() && b[0] == 0x20 && b[1] == 0x02 {
 		a = netip.AddrFrom4([4]byte(b[2:6]))
 	}
 	for _, special := range specialBlocks {
-		for _, block := range special.blocks {
-			if block.Contains(a) {
-				return special.class
-			}
+		if special.blocks.contains(a.Unmap()) {
+			return special.class
 		}
 	}
 	return classPublic
 }
 
-// judge picks those of a destination's addresses that may be dialled. Only public ones may, but for ALLOW_CIDRS and, short
-// of unspecified and multicast ones, ALLOW_PRIVATE_HOSTS.
-func (s *server) judge(d *destination, addrs []netip.Addr) ([]netip.AddrPort, *failure) {
-	allowed := make([]netip.AddrPort, 0, len(addrs))
+// judge picks the addresses that may be dialled: public ones, and what ALLOW_CIDRS and ALLOW_PRIVATE_HOSTS let through.
+func (s *server) judge(d *destination, addrs []netip.Addr) (allowed []netip.AddrPort, refused *failure) {
 	private := s.cfg.AllowPrivateHosts.match(d.host, d.ip, d.port)
-	var refused *failure
 	for _, a := range addrs {
-		a = a.Unmap()
 		class := classify(a)
 		switch ap := netip.AddrPortFrom(a, d.port); {
 		case s.isOwn(ap):
 			refused = fail(502, tokenLoop, "%s is this proxy itself", d.key)
-		case class == classPublic || s.cfg.AllowCIDRs.contains(a),
-			private && class != classUnspecified && class != classMulticast:
+		case class == classPublic || s.cfg.AllowCIDRs.contains(a), private && class != classUnspecified && class != classMulticast:
 			allowed = append(allowed, ap)
 		case refused == nil:
-			refused = fail(403, tokenProhibited, "%s is at a %v address, %v (SLUICE_ALLOW_CIDRS, SLUICE_ALLOW_PRIVATE_HOSTS)", d.host, class, a)
+			refused = fail(403, tokenProhibited, "%s is at a %s address, %s (SLUICE_ALLOW_CIDRS, SLUICE_ALLOW_PRIVATE_HOSTS)", d.host, class, a)
 		}
 	}
-	if len(allowed) == 0 {
-		return nil, refused
+	if len(allowed) > 0 {
+		return allowed, nil
 	}
-	return allowed, nil
+	return nil, refused
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Names
+// Names and dialling
 
 const (
 	maxNames     = 4096 // answers kept
@@ -2176,16 +1605,14 @@ const (
 
 // resolver looks names up and remembers the answers for a while.
 type resolver struct {
-	lookup  func(ctx context.Context, network, host string) ([]netip.Addr, error)
-	ttl     time.Duration
-	stale   time.Duration
-	timeout time.Duration
+	lookup              func(ctx context.Context, network, host string) ([]netip.Addr, error)
+	ttl, stale, timeout time.Duration
 
 	mu      sync.Mutex
 	answers map[string]*dnsAnswer // guarded by mu
 }
 
-// dnsAnswer is what is known of one name; its fields are guarded by resolver.mu.
+// dnsAnswer is what is known of one name; guarded by resolver.mu.
 type dnsAnswer struct {
 	addrs   []netip.Addr  // never changed once set
 	err     error         // of the last lookup
@@ -2195,8 +1622,7 @@ type dnsAnswer struct {
 }
 
 func newResolver(cfg *config) *resolver {
-	// PreferGo: cgo's getaddrinfo reads "0x7f.1" as an address, which policy has not judged.
-	system := &net.Resolver{PreferGo: true}
+	system := &net.Resolver{PreferGo: true} // cgo's getaddrinfo reads "0x7f.1" as an address, which policy has not judged
 	if servers := cfg.DNSServers; len(servers) > 0 {
 		var turn atomic.Uint32
 		system.Dial = func(ctx context.Context, network, _ string) (net.Conn, error) {
@@ -2204,62 +1630,53 @@ func newResolver(cfg *config) *resolver {
 			return d.DialContext(ctx, network, servers[int(turn.Add(1)-1)%len(servers)])
 		}
 	}
-	return &resolver{lookup: system.LookupNetIP, ttl: cfg.DNSCacheTTL, stale: cfg.DNSStale, timeout: cfg.DNSTimeout,
-		answers: map[string]*dnsAnswer{}}
+	return &resolver{lookup: system.LookupNetIP, ttl: cfg.DNSCacheTTL, stale: cfg.DNSStale, timeout: cfg.DNSTimeout, answers: map[string]*dnsAnswer{}}
 }
 
-// resolve returns the addresses of a name. Lookups of one name at one time are one lookup. ctx ends the wait alone: the
-// lookup goes on for others that wait for it.
+// resolve returns the addresses of a name. Lookups of one name at one time are one, which goes on when ctx ends this wait.
 func (r *resolver) resolve(ctx context.Context, host string) ([]netip.Addr, error) {
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	a := r.answers[host]
 	if a == nil {
 		r.makeRoomLocked()
 		a = &dnsAnswer{}
 		r.answers[host] = a
 	}
-	if a.done == nil && time.Now().Before(a.next) {
-		defer r.mu.Unlock()
-		return a.addrs, nil
+	if a.done != nil || !time.Now().Before(a.next) {
+		if a.done == nil {
+			a.done = make(chan struct{})
+			go r.refresh(host, a)
+		}
+		done := a.done
+		r.mu.Unlock()
+		select {
+		case <-done:
+		case <-ctx.Done():
+		}
+		r.mu.Lock()
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
 	}
-	if a.done == nil {
-		a.done = make(chan struct{})
-		go r.refresh(host, a)
+	if len(a.addrs) == 0 {
+		return nil, a.err
 	}
-	done := a.done
-	r.mu.Unlock()
-	select {
-	case <-done:
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if len(a.addrs) > 0 {
-		return a.addrs, nil
-	}
-	return nil, a.err
+	return a.addrs, nil
 }
 
-// refresh looks host up and keeps the answer. When it fails, the old one serves on while it is not too stale, except where
-// the name is known to be gone.
+// refresh looks host up. When that fails, the old answer serves until it is too stale, unless the name is known to be gone.
 func (r *resolver) refresh(host string, a *dnsAnswer) {
 	ctx, cancel := within(r.timeout)
 	addrs, err := r.lookup(ctx, "ip", host)
 	cancel()
-	if err == nil && len(addrs) == 0 {
-		err = &net.DNSError{Err: "no addresses", Name: host, IsNotFound: true}
-	}
 	var dns *net.DNSError
-	gone := errors.As(err, &dns) && dns.IsNotFound
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := time.Now()
-	a.err = err
-	switch {
-	case err == nil:
+	if a.err = err; err == nil {
 		a.addrs, a.learned = interleave(addrs[:min(len(addrs), maxAddresses)]), now
-	case gone || now.Sub(a.learned) >= r.stale:
+	} else if errors.As(err, &dns) && dns.IsNotFound || now.Sub(a.learned) >= r.stale {
 		a.addrs = nil
 		delete(r.answers, host)
 	}
@@ -2270,41 +1687,30 @@ func (r *resolver) refresh(host string, a *dnsAnswer) {
 
 // makeRoomLocked forgets one answer, any, when there are too many.
 func (r *resolver) makeRoomLocked() {
-	if len(r.answers) < maxNames {
-		return
-	}
 	for host, a := range r.answers {
+		if len(r.answers) < maxNames {
+			return
+		}
 		if a.done == nil {
 			delete(r.answers, host)
-			return
 		}
 	}
 }
 
 // interleave orders addresses so that the families take turns, beginning with that of the first (RFC 8305, 4).
 func interleave(addrs []netip.Addr) []netip.Addr {
-	var first, other, mixed []netip.Addr
-	for _, a := range addrs {
-		a = a.Unmap()
-		if a.Is4() == addrs[0].Unmap().Is4() {
-			first = append(first, a)
-		} else {
-			other = append(other, a)
+	rank, seen := map[netip.Addr]int{}, [2]int{}
+	for i, a := range addrs {
+		family := 0
+		if addrs[i] = a.Unmap(); addrs[i].Is4() != addrs[0].Is4() {
+			family = 1
 		}
+		rank[addrs[i]] = 2*seen[family] + family
+		seen[family]++
 	}
-	for i := range max(len(first), len(other)) {
-		if i < len(first) {
-			mixed = append(mixed, first[i])
-		}
-		if i < len(other) {
-			mixed = append(mixed, other[i])
-		}
-	}
-	return mixed
+	slices.SortFunc(addrs, func(a, b netip.Addr) int { return rank[a] - rank[b] })
+	return slices.Compact(addrs)
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Dialling
 
 // attemptDelay is how long one address has before the next is tried beside it (RFC 8305, 5).
 const attemptDelay = 250 * time.Millisecond
@@ -2313,13 +1719,13 @@ const attemptDelay = 250 * time.Millisecond
 func (x *exchange) dialUpstream() (*upstream, *failure) {
 	ctx, cancel := within(x.srv.cfg.DialTimeout)
 	defer cancel()
-	x.c.setGiveUp(cancel)
-	defer x.c.setGiveUp(nil)
+	x.c.track(nil, false, cancel)
+	defer x.c.track(nil, false, nil)
 	addrs := []netip.Addr{x.dst.ip}
 	if !x.dst.ip.IsValid() {
 		var err error
 		if addrs, err = x.srv.names.resolve(ctx, string(x.dst.host)); err != nil {
-			return nil, x.unresolved(err)
+			return nil, x.dialFailure(err)
 		}
 	}
 	allowed, f := x.srv.judge(&x.dst, addrs)
@@ -2328,56 +1734,44 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	}
 	conn, err := x.srv.race(ctx, allowed)
 	if err != nil {
-		return nil, x.undialled(err)
+		return nil, x.dialFailure(err)
 	}
-	up := &upstream{srv: x.srv, key: string(x.dst.key), peer: addrPortOf(conn.RemoteAddr())}
-	up.wire.init(conn, &x.srv.buffers, largeBuffer)
+	up := &upstream{srv: x.srv, key: string(x.dst.key), peer: addrPort(conn.RemoteAddr())}
+	up.wire.init(conn, &x.srv.buffers)
 	return up, nil
 }
 
-// unresolved says why a name has no addresses.
-func (x *exchange) unresolved(err error) *failure {
+// dialFailure says why there is no connection.
+func (x *exchange) dialFailure(err error) *failure {
+	host, key := x.dst.host, x.dst.key
 	var dns *net.DNSError
+	var op *net.OpError
+	isDNS, dialled := errors.As(err, &dns), errors.As(err, &op)
+	timeout := errors.Is(err, context.DeadlineExceeded) || isDNS && dns.IsTimeout || dialled && op.Timeout()
 	switch {
 	case errors.Is(err, context.Canceled):
-		return fail(0, tokenClient, "the client left while %s was looked up", x.dst.host)
-	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &dns) && dns.IsTimeout:
-		return fail(504, tokenDNSTimeout, "no answer from the resolver for %s (SLUICE_DNS_TIMEOUT, SLUICE_DIAL_TIMEOUT)", x.dst.host).because(err)
-	case errors.As(err, &dns) && dns.IsNotFound:
-		return fail(502, tokenDNS, "no such name: %s", x.dst.host).because(err)
-	}
-	return fail(502, tokenDNS, "the resolver failed for %s", x.dst.host).because(err)
-}
-
-// undialled says why no connection came about.
-func (x *exchange) undialled(err error) *failure {
-	var timeout net.Error
-	switch {
-	case errors.Is(err, context.Canceled) || x.c.hasLeft() && errors.Is(err, os.ErrDeadlineExceeded):
-		return fail(0, tokenClient, "the client left while %s was dialled", x.dst.key)
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return fail(502, tokenRefused, "%s refused the connection", x.dst.key).because(err)
-	case errors.As(err, &timeout) && timeout.Timeout():
-		return fail(504, tokenConnectTimeout, "%s did not accept a connection within %v (SLUICE_DIAL_TIMEOUT)", x.dst.key, x.srv.cfg.DialTimeout).because(err)
+		return fail(0, tokenClient, "the client left while %s was dialled", key)
+	case timeout && (isDNS || !dialled):
+		return fail(504, tokenDNSTimeout, "no answer from the resolver for %s (SLUICE_DNS_TIMEOUT, SLUICE_DIAL_TIMEOUT)", host).because(err)
+	case isDNS && dns.IsNotFound:
+		return fail(502, tokenDNS, "no such name: %s", host).because(err)
+	case isDNS || !dialled:
+		return fail(502, tokenDNS, "the resolver failed for %s", host).because(err)
+	case timeout:
+		return fail(504, tokenConnectTimeout, "%s did not accept a connection within %v (SLUICE_DIAL_TIMEOUT)", key, x.srv.cfg.DialTimeout).because(err)
 	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.EADDRNOTAVAIL):
-		return fail(503, tokenLimit, "no descriptor or port is left for a connection to %s (SLUICE_NOFILE)", x.dst.key).because(err)
+		return fail(503, tokenLimit, "no descriptor or port is left for a connection to %s (SLUICE_NOFILE)", key).because(err)
 	case isUnroutable(err):
-		return fail(502, tokenUnroutable, "there is no route to %s", x.dst.key).because(err)
+		return fail(502, tokenUnroutable, "there is no route to %s", key).because(err)
 	}
-	return fail(502, tokenRefused, "%s could not be connected to", x.dst.key).because(err)
+	return fail(502, tokenRefused, "%s refused the connection", key).because(err)
 }
 
 func isUnroutable(err error) bool {
-	return errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EINVAL)
+	return errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EINVAL)
 }
 
-type dialed struct {
-	conn *net.TCPConn
-	err  error
-}
-
-// race connects to the first of addrs that answers (RFC 8305, Happy Eyeballs): one after the other, each with a head start
-// of attemptDelay, the next at once when one fails.
+// race connects to the first that answers (RFC 8305), each with a head start of attemptDelay, the next at once when one fails.
 func (s *server) race(ctx context.Context, addrs []netip.AddrPort) (*net.TCPConn, error) {
 	dialer := &net.Dialer{Control: s.sockets.dialling, KeepAlive: -1}
 	dialer.SetMultipathTCP(false)
@@ -2386,45 +1780,45 @@ func (s *server) race(ctx context.Context, addrs []netip.AddrPort) (*net.TCPConn
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	results := make(chan dialed, len(addrs))
+	winner, losers := make(chan *net.TCPConn), make(chan error)
 	start := time.NewTimer(0)
 	defer start.Stop()
 	var worst error
-	for next, running := 0, 0; ; {
+	for next, lost := 0, 0; lost < len(addrs); {
 		select {
 		case <-start.C:
 			if next < len(addrs) {
-				go attempt(ctx, dialer, addrs[next], results)
-				next, running = next+1, running+1
+				go attempt(ctx, dialer, addrs[next], winner, losers)
+				next++
 				start.Reset(attemptDelay)
 			}
-		case r := <-results:
-			running--
-			if r.err == nil {
-				go closeLosers(results, running)
-				return r.conn, nil
-			}
+		case conn := <-winner:
+			return conn, nil
+		case err := <-losers:
+			lost++
 			if worst == nil || isUnroutable(worst) { // a family without a route says least
-				worst = r.err
-			}
-			if next == len(addrs) && running == 0 {
-				return nil, worst
+				worst = err
 			}
 			start.Reset(0)
 		}
 	}
+	return nil, worst
 }
 
-func attempt(ctx context.Context, dialer *net.Dialer, addr netip.AddrPort, results chan<- dialed) {
+// attempt dials one address. What connects when the race is over is closed.
+func attempt(ctx context.Context, dialer *net.Dialer, addr netip.AddrPort, winner chan<- *net.TCPConn, losers chan<- error) {
 	conn, err := dialer.DialTCP(ctx, "tcp", netip.AddrPort{}, addr)
-	results <- dialed{conn, err}
-}
-
-// closeLosers closes what connects after the race is won.
-func closeLosers(results <-chan dialed, running int) {
-	for range running {
-		if r := <-results; r.err == nil {
-			r.conn.Close()
+	if err != nil {
+		winner = nil
+	} else {
+		losers = nil
+	}
+	select {
+	case winner <- conn:
+	case losers <- err:
+	case <-ctx.Done():
+		if err == nil {
+			conn.Close()
 		}
 	}
 }
@@ -2432,8 +1826,8 @@ func closeLosers(results <-chan dialed, running int) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Pool
 
-// probeAfter is the idle time after which a pooled connection is looked at before it is used: a server may have sent a
-// farewell (408) that is not the answer to what comes next. Before that, the watcher's word is taken.
+// probeAfter is the idle time after which a pooled connection is looked at before it is used: a server may have sent a farewell
+// (408) that is not the answer to what comes next. Before that, the watcher's word is taken.
 const probeAfter = 100 * time.Millisecond
 
 // upstream is one connection to an origin.
@@ -2445,113 +1839,70 @@ type upstream struct {
 	watch watched
 	hung  atomic.Bool // the origin has closed its side
 	since time.Time   // idle since; guarded by pool.mu
-	idle  bool        // guarded by pool.mu
-}
-
-// hungUp is called by the watcher when the origin has closed its side.
-func (up *upstream) hungUp(bool) {
-	up.hung.Store(true)
-	if up.srv.pool.remove(up) {
-		up.close()
-	}
 }
 
 func (up *upstream) close() {
 	up.srv.watcher.remove(&up.watch)
-	up.conn.Close()
+	up.tcp.Close()
 	up.drop()
 }
 
-// pool keeps idle connections to origins, by host and port.
+// pool keeps idle connections to origins, by host and port, the youngest last: it is reused first.
 type pool struct {
 	limit, perHost int
 	ttl            time.Duration
 
 	mu     sync.Mutex
-	hosts  map[string]*idleList // guarded by mu
-	idle   int                  // in all lists; guarded by mu
-	closed bool                 // guarded by mu
+	hosts  map[string][]*upstream // guarded by mu
+	idle   int                    // in all lists; guarded by mu
+	expiry *time.Timer            // runs expire; guarded by mu
 }
-
-// idleList has the oldest connection first; the youngest is reused first.
-type idleList struct{ conns []*upstream }
 
 func newPool(cfg *config) *pool {
-	return &pool{limit: cfg.PoolIdle, perHost: cfg.PoolIdlePerHost, ttl: cfg.PoolIdleTimeout, hosts: map[string]*idleList{}}
+	p := &pool{limit: cfg.PoolIdle, perHost: cfg.PoolIdlePerHost, ttl: cfg.PoolIdleTimeout, hosts: map[string][]*upstream{}}
+	p.expiry = time.AfterFunc(time.Hour, p.expire)
+	p.expire()
+	return p
 }
 
-// get takes a connection that was dialled for key, or nil.
-func (p *pool) get(key []byte) *upstream {
+// get takes a connection that was dialled for key, or nil. A careful caller has it probed whatever its age.
+func (p *pool) get(key []byte, careful bool) *upstream {
 	for {
-		up, age := p.take(key)
-		if up == nil || !up.hung.Load() && (age < probeAfter || isQuiet(up.raw)) {
+		p.mu.Lock()
+		list := p.hosts[string(key)]
+		if len(list) == 0 {
+			p.mu.Unlock()
+			return nil
+		}
+		up := list[len(list)-1]
+		p.removeLocked(up, len(list)-1)
+		p.mu.Unlock()
+		if !up.hung.Load() && (!careful && time.Since(up.since) < probeAfter || isQuiet(up.raw)) {
 			return up
 		}
 		up.close()
 	}
 }
 
-func (p *pool) take(key []byte) (*upstream, time.Duration) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	list := p.hosts[string(key)]
-	if list == nil || len(list.conns) == 0 {
-		return nil, 0
-	}
-	last := len(list.conns) - 1
-	up := list.conns[last]
-	list.conns[last] = nil
-	list.conns = list.conns[:last]
-	p.idle--
-	up.idle = false
-	return up, time.Since(up.since)
-}
-
-// put keeps a connection for later, or closes it. When the pool is full, the oldest of some host makes room.
+// put keeps a connection for later, or closes it.
 func (p *pool) put(up *upstream) {
-	up.release()
+	up.drop()
 	p.mu.Lock()
 	list := p.hosts[up.key]
-	if list == nil {
-		list = &idleList{}
-		p.hosts[up.key] = list
+	keep := p.idle < p.limit && len(list) < p.perHost
+	if keep {
+		up.since = time.Now()
+		p.hosts[up.key] = append(list, up)
+		p.idle++
 	}
-	if p.closed || up.hung.Load() || p.limit == 0 || len(list.conns) >= p.perHost {
-		p.mu.Unlock()
-		up.close()
-		return
-	}
-	var evicted *upstream
-	if p.idle >= p.limit {
-		evicted = p.oldestLocked()
-	}
-	up.since, up.idle = time.Now(), true
-	list.conns = append(list.conns, up)
-	p.idle++
 	p.mu.Unlock()
-	if evicted != nil {
-		evicted.close()
-	}
-	if up.hung.Load() { // the watcher may have looked before it was idle
-		up.hungUp(false)
+	if !keep || up.hung.Load() && p.remove(up) { // looked at last: the watcher may have come before it was idle
+		up.close()
 	}
 }
 
-// oldestLocked takes the longest idle connection of some host out.
-func (p *pool) oldestLocked() *upstream {
-	for _, list := range p.hosts {
-		if len(list.conns) > 0 {
-			up := list.conns[0]
-			p.removeLocked(list, 0)
-			return up
-		}
-	}
-	return nil
-}
-
-func (p *pool) removeLocked(list *idleList, i int) {
-	list.conns[i].idle = false
-	list.conns = append(list.conns[:i], list.conns[i+1:]...)
+func (p *pool) removeLocked(up *upstream, i int) {
+	p.hosts[up.key] = slices.Delete(p.hosts[up.key], i, i+1)
 	p.idle--
 }
 
@@ -2559,31 +1910,29 @@ func (p *pool) removeLocked(list *idleList, i int) {
 func (p *pool) remove(up *upstream) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !up.idle {
-		return false
+	i := slices.Index(p.hosts[up.key], up)
+	if i >= 0 {
+		p.removeLocked(up, i)
 	}
-	list := p.hosts[up.key]
-	for i, other := range list.conns {
-		if other == up {
-			p.removeLocked(list, i)
-			return true
-		}
-	}
-	return false
+	return i >= 0
 }
 
-// expire closes connections idle for longer than POOL_IDLE_TIMEOUT and forgets hosts without any.
-func (p *pool) expire(now time.Time) {
+// expire closes connections idle for longer than POOL_IDLE_TIMEOUT and forgets hosts without any, again and again.
+func (p *pool) expire() {
 	var old []*upstream
 	p.mu.Lock()
 	for key, list := range p.hosts {
-		for p.ttl > 0 && len(list.conns) > 0 && now.Sub(list.conns[0].since) >= p.ttl {
-			old = append(old, list.conns[0])
-			p.removeLocked(list, 0)
+		for len(list) > 0 && p.ttl > 0 && time.Since(list[0].since) >= p.ttl {
+			old = append(old, list[0])
+			p.removeLocked(list[0], 0)
+			list = p.hosts[key]
 		}
-		if len(list.conns) == 0 {
+		if len(list) == 0 {
 			delete(p.hosts, key)
 		}
+	}
+	if p.limit > 0 {
+		p.expiry.Reset(max(10*time.Millisecond, min(cmp.Or(p.ttl/4, time.Minute), 5*time.Second)))
 	}
 	p.mu.Unlock()
 	for _, up := range old {
@@ -2594,44 +1943,34 @@ func (p *pool) expire(now time.Time) {
 // close closes all idle connections; those in use are closed when they come back.
 func (p *pool) close() {
 	p.mu.Lock()
-	p.closed = true
-	p.ttl = 1
+	p.limit, p.ttl = 0, 1
+	p.expiry.Stop()
 	p.mu.Unlock()
-	p.expire(time.Now().Add(time.Hour))
+	p.expire()
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forwarding
 
-// spliceFrom is the length from which a body is moved in the kernel rather than through a buffer.
-const spliceFrom = 64 << 10
-
 // maxInterim is the most 1xx responses that one request may have.
 const maxInterim = 100
 
-// forward sends the request to its origin and the response back. A reused connection that died before a byte of response
-// is replaced once, by a new one, if the request can be repeated (RFC 9110, 9.2.2).
+// forward sends the request to its origin and the response back. A reused connection that died before a byte of response is
+// replaced by a new one, if the request can be repeated (RFC 9110, 9.2.2).
 func (x *exchange) forward() *failure {
-	x.out = x.appendRequest(x.out[:0])
-	up := x.srv.pool.get(x.dst.key)
-	if up != nil && !x.repeatable() && !isQuiet(up.raw) {
-		up.close()
-		up = nil
-	}
-	for x.reused = up != nil; ; {
-		if up == nil {
+	x.out = x.appendRequest(x.out)
+	for up := x.srv.pool.get(x.dst.key, !x.repeatable()); ; up = nil {
+		x.reused = up != nil
+		if !x.reused {
 			var f *failure
 			if up, f = x.dialUpstream(); f != nil {
 				return f
 			}
 			x.srv.watcher.add(&up.watch, up.raw, up)
 		}
-		x.peer = up.peer
-		f := x.roundTrip(up)
-		if f == nil || !f.stale || !x.reused || !x.repeatable() {
+		if f := x.roundTrip(up); f == nil || !f.stale || !x.reused || !x.repeatable() {
 			return f
 		}
-		up, x.reused = nil, false
 	}
 }
 
@@ -2646,72 +1985,56 @@ func (x *exchange) repeatable() bool {
 
 // upgrades reports whether the client asks for a WebSocket (RFC 6455, 4.1), the one upgrade that is passed on.
 func (x *exchange) upgrades() bool {
-	return x.req.upgrade && x.req.websocket && x.req.minor == 1 && string(x.method) == "GET" && x.reqBody.framing == bodyNone
+	return x.req.switchOver && x.req.websocket && x.req.minor == 1 && string(x.method) == "GET" && x.reqBody.framing == bodyNone
 }
 
 // appendRequest makes the head for the origin.
 func (x *exchange) appendRequest(b []byte) []byte {
-	b = append(b, x.method...)
-	b = append(b, ' ')
-	switch {
-	case len(x.target) == 0 && string(x.method) == "OPTIONS":
+	b = append(append(b, x.method...), ' ')
+	if len(x.target) == 0 && string(x.method) == "OPTIONS" {
 		b = append(b, '*') // RFC 9112, 3.2.4
-	case len(x.target) == 0 || x.target[0] == '?':
+	} else if len(x.target) == 0 || x.target[0] == '?' {
 		b = append(b, '/')
 	}
-	b = append(b, x.target...)
-	b = append(b, " HTTP/1.1\r\nHost: "...)
-	b = append(b, x.auth...)
-	b = append(b, "\r\n"...)
+	b = append(append(b, x.target...), " HTTP/1.1\r\nHost: "...)
+	b = append(append(b, x.auth...), "\r\n"...)
 	b = x.req.appendKept(b)
 	b = x.appendVia(b, &x.req)
-	switch {
-	case x.reqBody.framing == bodyChunked:
+	if x.reqBody.framing == bodyChunked {
 		b = append(b, "Transfer-Encoding: chunked\r\n"...)
-	case x.req.length >= 0:
-		b = appendLength(b, x.req.length)
+	} else if x.req.length >= 0 {
+		b = appendNumber(b, "Content-Length: ", x.req.length)
 	}
-	if x.req.forwards >= 0 {
-		n := x.req.forwards
-		if string(x.method) == "OPTIONS" || string(x.method) == "TRACE" {
-			n-- // RFC 9110, 7.6.2; 0 is answered by answerSelf
-		}
-		b = append(b, "Max-Forwards: "...)
-		b = strconv.AppendInt(b, n, 10)
-		b = append(b, "\r\n"...)
+	if x.req.forwards >= 0 && x.countsForwards() {
+		b = appendNumber(b, "Max-Forwards: ", x.req.forwards-1) // 0 is answered by answerSelf
+	} else if x.req.forwards >= 0 {
+		b = appendNumber(b, "Max-Forwards: ", x.req.forwards)
 	}
-	if x.req.trailers && x.req.minor == 1 {
-		b = append(b, "TE: trailers\r\n"...)
-	}
-	switch {
-	case x.upgrades():
+	if x.upgrades() {
 		b = append(b, "Connection: Upgrade\r\nUpgrade: websocket\r\n"...)
-	case x.req.trailers && x.req.minor == 1:
-		b = append(b, "Connection: TE\r\n"...) // RFC 9110, 10.1.4
+	} else if x.req.trailers && x.req.minor == 1 {
+		b = append(b, "TE: trailers\r\nConnection: TE\r\n"...) // RFC 9110, 10.1.4
 	}
 	return append(b, "\r\n"...)
 }
 
 func (x *exchange) appendVia(b []byte, h *head) []byte {
-	b = append(b, "Via: 1."...)
-	b = append(b, '0'+byte(h.minor), ' ')
+	b = append(append(b, "Via: 1."...), '0'+byte(h.minor), ' ')
 	return append(b, x.srv.hop...)
 }
 
-func appendLength(b []byte, n int64) []byte {
-	b = append(b, "Content-Length: "...)
-	b = strconv.AppendInt(b, n, 10)
+func appendNumber(b []byte, name string, n int64) []byte {
+	b = strconv.AppendInt(append(b, name...), n, 10)
 	return append(b, "\r\n"...)
 }
 
 // roundTrip carries the request over up and the response back, and leaves up in the pool or closed.
-func (x *exchange) roundTrip(up *upstream) *failure {
-	x.headSeen = false
-	x.c.setUpstream(up, false)
-	sending := x.reqBody.framing != bodyNone && !(x.reqBody.framing == bodyLength && x.reqBody.left <= int64(x.c.buffered()))
-	var f *failure
+func (x *exchange) roundTrip(up *upstream) (f *failure) {
+	x.peer = up.peer
+	x.c.track(up, false, nil)
+	sending := x.reqBody.framing == bodyChunked || x.reqBody.framing == bodyLength && x.reqBody.left > int64(x.c.buffered())
 	if sending {
-		up.conn.SetReadDeadline(time.Time{}) // sendBody sets one when the body is sent
+		up.tcp.SetReadDeadline(time.Time{}) // sendBody sets one when the body is sent
 		x.upload.Add(1)
 		go x.sendBody(up)
 	} else {
@@ -2720,13 +2043,14 @@ func (x *exchange) roundTrip(up *upstream) *failure {
 	if f == nil {
 		f = x.receive(up)
 	}
-	x.c.setUpstream(nil, false)
+	x.c.track(nil, false, nil)
 	complete := f == nil
 	if sending {
-		complete = x.joinUpload(up, f) && complete
+		complete = x.joinUpload(up) && complete
 	}
-	x.upBytes = x.reqBody.size
-	if complete && x.respBody.reusable() && !x.resp.close && (x.resp.minor == 1 || x.resp.keepAlive) && up.buffered() == 0 {
+	x.upBytes += x.reqBody.size
+	persists := !x.resp.close && (x.resp.minor == 1 || x.resp.keepAlive) && x.respBody.framing != bodyClose
+	if complete && persists && x.closed == "" && up.buffered() == 0 {
 		x.srv.pool.put(up)
 	} else {
 		up.close()
@@ -2734,108 +2058,49 @@ func (x *exchange) roundTrip(up *upstream) *failure {
 	return f
 }
 
-// joinUpload ends sendBody, and reports whether it sent everything. When the response is complete a last piece that is
-// still being written gets a moment; a body that is not all here is given up, and since its rest cannot be told from a next
-// request, the client connection too.
-func (x *exchange) joinUpload(up *upstream, f *failure) bool {
-	if f == nil && x.received.Load() {
-		moment := time.AfterFunc(hangupGrace, func() { up.conn.Close() })
-		x.upload.Wait()
-		return moment.Stop() && x.sent
-	}
-	up.conn.Close()
-	x.armClient()
-	x.upload.Wait()
-	if !x.received.Load() {
-		x.keep, x.lingers = false, true
-	}
-	return false
-}
-
 // sendWhole sends a request whose body, if any, is already in the client's buffer.
 func (x *exchange) sendWhole(up *upstream) *failure {
-	body, _, err := x.reqBody.nextBuffered()
-	if err != nil {
-		return x.badBody(err)
-	}
-	x.received.Store(true)
-	x.c.mu.Lock()
-	x.armLocked(up, x.srv.cfg.ResponseTimeout)
-	x.c.mu.Unlock()
+	body, _, _ := x.reqBody.nextBuffered() // cannot fail: its length is known and within the limit
+	up.tcp.SetReadDeadline(deadline(x.srv.cfg.ResponseTimeout))
 	if err := up.write(x.srv.cfg.BodyTimeout, x.out, body, nil); err != nil {
-		return x.upstreamLost(up, err, true)
+		return x.upstreamFailure(err, true)
 	}
 	return nil
 }
 
-// sendBody sends the request while exchange.receive waits for the response on the same connection, since an origin may
-// answer before it has read everything. It runs in a goroutine of its own.
+// sendBody sends the request while receive waits for the response on the same connection, since an origin may answer before it
+// has read everything. It runs in a goroutine of its own. That the origin closed is no failure: it may have answered.
 func (x *exchange) sendBody(up *upstream) {
 	defer x.upload.Done()
-	f := x.copyRequest(up)
+	out := bodyWriter{dst: &up.wire, limit: x.srv.cfg.BodyTimeout, head: x.out, chunked: x.reqBody.framing == bodyChunked}
+	readErr, writeErr := out.copy(&x.reqBody, x.awaitClient)
+	x.sent.Store(readErr == nil && writeErr == nil)
 	x.c.mu.Lock()
 	defer x.c.mu.Unlock()
-	x.c.failed = f
-	if f != nil || !x.headSeen {
-		x.armLocked(up, x.srv.cfg.ResponseTimeout)
+	if readErr != nil {
+		x.c.failed = x.clientFailure(readErr, "body", out.limit, "SLUICE_BODY_TIMEOUT")
+	} else if errors.Is(writeErr, os.ErrDeadlineExceeded) {
+		x.c.failed = fail(504, tokenResponseTimeout, "%s took no more of the request body for %v (SLUICE_BODY_TIMEOUT)", x.dst.key, out.limit)
+	}
+	if x.c.failed != nil {
+		up.tcp.Close()
+	} else if !x.headSeen {
+		up.tcp.SetReadDeadline(deadline(x.srv.cfg.ResponseTimeout))
 	}
 }
 
-// copyRequest returns a failure when the client's part of the request is at fault. That the origin takes no more is none:
-// it may have answered.
-func (x *exchange) copyRequest(up *upstream) *failure {
-	b := &x.reqBody
-	out := bodyWriter{dst: &up.wire, limit: x.srv.cfg.BodyTimeout, head: x.out, chunked: b.framing == bodyChunked}
-	if x.c.buffered() == 0 && out.flush() != nil {
-		return nil
+// joinUpload ends sendBody. A body that is not all here is given up, and since its rest cannot be told from a next request, the
+// client connection too. An upstream connection on which it has not sent everything cannot be used again.
+func (x *exchange) joinUpload(up *upstream) (complete bool) {
+	if complete = x.sent.Load(); !complete {
+		up.tcp.Close()
+		x.armClient()
 	}
-	for {
-		data, done, err := b.next(x.awaitClient)
-		if err != nil {
-			return x.badBody(err)
-		}
-		x.received.Store(done)
-		if err := out.write(data, done, b); err != nil {
-			return x.unsent(err)
-		}
-		if b.spliceable(&up.wire) {
-			m := move{dst: &up.wire, src: &x.c.wire, limit: b.left, writeLimit: x.srv.cfg.BodyTimeout, beforeRead: x.awaitClient}
-			n, err := m.run()
-			done = b.skip(n)
-			x.received.Store(done)
-			if err != nil && m.readFailed {
-				return x.badBody(err)
-			} else if err != nil {
-				return x.unsent(err)
-			}
-		}
-		if done {
-			x.sent = true
-			return nil
-		}
+	x.upload.Wait()
+	if !x.reqBody.ended.Load() {
+		x.keep, x.lingers = false, true
 	}
-}
-
-// unsent is called when the origin takes no more of the body.
-func (x *exchange) unsent(err error) *failure {
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return fail(504, tokenResponseTimeout, "%s took no more of the request body for %v (SLUICE_BODY_TIMEOUT)", x.dst.key, x.srv.cfg.BodyTimeout)
-	}
-	return nil
-}
-
-// badBody says what is wrong with the client's body.
-func (x *exchange) badBody(err error) *failure {
-	var fault headFault
-	switch {
-	case errors.Is(err, errBodyLimit):
-		return fail(413, tokenRequest, "the request body is larger than %d bytes (SLUICE_MAX_REQUEST_BODY)", x.srv.cfg.MaxRequestBody)
-	case errors.As(err, &fault):
-		return fail(400, tokenRequest, "%v in the request body", err)
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fail(408, tokenRequest, "nothing came of the request body for %v (SLUICE_BODY_TIMEOUT)", x.srv.cfg.BodyTimeout)
-	}
-	return fail(0, tokenClient, "the client left in the middle of the request body").because(err)
+	return complete
 }
 
 // armClient sets the limit for the client's next bytes of a body. Once the exchange is over, that is at once.
@@ -2843,156 +2108,81 @@ func (x *exchange) armClient() {
 	x.c.mu.Lock()
 	defer x.c.mu.Unlock()
 	if x.c.upstream == nil {
-		x.c.conn.SetReadDeadline(longAgo())
+		x.c.tcp.SetReadDeadline(time.Unix(1, 0))
 	} else {
-		x.c.conn.SetReadDeadline(deadline(x.srv.cfg.BodyTimeout))
+		x.c.tcp.SetReadDeadline(deadline(x.srv.cfg.BodyTimeout))
 	}
 }
 
 // armOrigin sets the limit for the origin's next bytes of a body.
-func (x *exchange) armOrigin() {
-	x.c.mu.Lock()
-	defer x.c.mu.Unlock()
-	x.armLocked(x.c.upstream, x.srv.cfg.BodyTimeout)
-}
-
-// armLocked sets the limit for the origin's next bytes. The client may have hung up, or its body turned out bad, at any
-// time; the lock, client.mu, sees to it that neither is overlooked.
-func (x *exchange) armLocked(up *upstream, limit time.Duration) {
-	switch {
-	case x.c.failed != nil:
-		up.conn.SetReadDeadline(longAgo())
-	case x.c.gone && (limit == 0 || limit > hangupGrace):
-		up.conn.SetReadDeadline(deadline(hangupGrace))
-	default:
-		up.conn.SetReadDeadline(deadline(limit))
-	}
-}
+func (x *exchange) armOrigin() { x.c.upstream.tcp.SetReadDeadline(deadline(x.srv.cfg.BodyTimeout)) }
 
 // receive reads the origin's answer and passes it on.
 func (x *exchange) receive(up *upstream) *failure {
 	for interim := 0; ; interim++ {
-		n, err := up.readHead(int(x.srv.cfg.MaxHeader), time.Time{})
+		raw, err := up.readHead(int(x.srv.cfg.MaxHeader), time.Time{})
 		if err != nil {
-			return x.upstreamLost(up, err, interim == 0 && up.buffered() == 0)
+			return x.upstreamFailure(err, interim == 0 && up.buffered() == 0)
 		}
-		raw := up.unused()[:n]
-		up.r += n
 		x.resp.reset(raw)
 		status, err := x.resp.parseStatus()
-		if err == nil && status == 101 && !x.upgrades() {
-			err = faultUnasked
+		if err == nil && status == 101 && !(x.upgrades() && x.resp.switchOver && x.resp.websocket) {
+			err = fault("a 101 response that was not asked for")
 		} else if err == nil && interim == maxInterim {
-			err = faultInformational
-		}
-		if err != nil {
-			return x.badUpstream(err)
+			err = fault("too many informational responses")
 		}
 		switch {
+		case err != nil:
+			return x.upstreamFailure(err, false)
 		case status == 101:
-			return x.switchProtocols(up)
+			x.status, x.keep, x.begun = 101, false, true
+			f := x.tell(append(x.appendResponse(x.in[:0]), "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"...))
+			if f == nil {
+				x.relay(up)
+			}
+			return f
 		case status >= 200:
 			x.status = status
 			return x.respond(up)
 		case x.req.minor == 1: // 1xx are not for HTTP/1.0 clients (RFC 9110, 15.2)
-			x.in = append(x.appendResponse(x.in[:0]), "\r\n"...)
-			if err := x.c.write(x.srv.cfg.BodyTimeout, x.in, nil, nil); err != nil {
-				return x.clientLost(err)
+			if f := x.tell(append(x.appendResponse(x.in[:0]), "\r\n"...)); f != nil {
+				return f
 			}
 		}
 	}
 }
 
-// parseStatus parses a response head: its first line, "HTTP/1.1 200 reason", and its fields.
-func (h *head) parseStatus() (int, error) {
-	end := bytes.IndexByte(h.raw, '\n') + 1
-	line := h.raw[:end-2]
-	if len(line) < 12 || line[8] != ' ' || len(line) > 12 && line[12] != ' ' || !all(line, valueOctet) {
-		return 0, faultStatus
-	}
-	status, ok := parseDecimal(line[9:12])
-	if !ok || status < 100 {
-		return 0, faultStatus
-	}
-	if err := h.parseVersion(line[:8]); err != nil {
-		return 0, err
-	}
-	return int(status), h.parseFields(end, nil, true)
-}
-
-// upstreamLost says why no (or no whole) response head came.
-func (x *exchange) upstreamLost(up *upstream, err error, nothing bool) *failure {
-	x.c.mu.Lock()
-	gone, failed := x.c.gone, x.c.failed
-	x.c.mu.Unlock()
-	var fault headFault
-	switch {
-	case failed != nil:
-		return failed
-	case errors.As(err, &fault):
-		return x.badUpstream(err)
-	case errors.Is(err, os.ErrDeadlineExceeded) && gone, errors.Is(err, net.ErrClosed):
-		x.keep = false
-		return fail(0, tokenClient, "the client left before %s answered", x.dst.key)
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fail(504, tokenResponseTimeout, "%s did not answer within %v (SLUICE_RESPONSE_TIMEOUT)", x.dst.key, x.srv.cfg.ResponseTimeout)
-	}
-	f := fail(502, tokenTerminated, "%s closed the connection before its answer was complete", x.dst.key).because(err)
-	f.stale = nothing
-	return f
-}
-
-// badUpstream says what is wrong with the origin's message.
-func (x *exchange) badUpstream(err error) *failure {
-	switch {
-	case errors.Is(err, faultLineTooLong), errors.Is(err, faultHeadTooLarge), errors.Is(err, faultManyFields):
-		return fail(502, tokenHeadSize, "the response head of %s is too large: %v (SLUICE_MAX_HEADER)", x.dst.key, err)
-	case errors.Is(err, errBodyLimit):
-		return fail(502, tokenBodySize, "the response body of %s is larger than %d bytes (SLUICE_MAX_RESPONSE_BODY)", x.dst.key, x.srv.cfg.MaxResponseBody)
-	}
-	return fail(502, tokenProtocol, "malformed response from %s: %v", x.dst.key, err)
-}
-
-func (x *exchange) clientLost(err error) *failure {
-	x.keep, x.begun = false, true
-	return fail(0, tokenClient, "the client left before the answer was complete").because(err)
-}
-
 // appendResponse makes the head for the client from the origin's, but for its framing and end.
 func (x *exchange) appendResponse(b []byte) []byte {
-	h := &x.resp
-	line := h.raw[len("HTTP/1.x"):bytes.IndexByte(h.raw, '\r')]
-	b = append(b, "HTTP/1.1"...)
-	b = append(b, line...)
+	line := x.resp.raw[len("HTTP/1.x"):bytes.IndexByte(x.resp.raw, '\r')]
+	b = append(append(b, "HTTP/1.1"...), line...)
 	if len(line) == len(" 200") {
 		b = append(b, ' ') // the space stands also before an empty reason (RFC 9112, 4)
 	}
-	b = append(b, "\r\n"...)
-	b = h.appendKept(b)
-	return x.appendVia(b, h)
+	b = x.resp.appendKept(append(b, "\r\n"...))
+	return x.appendVia(b, &x.resp)
 }
 
-// respond passes a final response on.
+// respond passes a final response on: its head together with what is here of the body, then the rest as it comes.
 func (x *exchange) respond(up *upstream) *failure {
 	x.c.mu.Lock()
 	x.headSeen = true
 	x.c.mu.Unlock()
-	bodiless := string(x.method) == "HEAD" || x.status == 204 || x.status == 304
 	limit := int64(x.srv.cfg.MaxResponseBody)
-	if limit > 0 && !bodiless && x.resp.length > limit {
-		return x.badUpstream(errBodyLimit)
-	}
 	x.respBody.init(&up.wire, &x.resp, bodyClose, limit)
+	bodiless := string(x.method) == "HEAD" || x.status == 204 || x.status == 304
 	if bodiless {
 		x.respBody.framing = bodyNone
+	} else if limit > 0 && x.resp.length > limit {
+		return x.upstreamFailure(faultBodyTooLarge, false)
 	}
-	x.keep = x.keep && x.received.Load() && !x.srv.draining.Load()
+	x.keep = x.keep && x.reqBody.ended.Load() && !x.srv.draining.Load()
 	out := bodyWriter{dst: &x.c.wire, limit: x.srv.cfg.BodyTimeout, started: &x.begun}
 	b := x.appendResponse(x.in[:0])
 	switch {
-	case x.status == 204: // RFC 9110, 8.6: no Content-Length
+	case x.status == 204: // no Content-Length (RFC 9110, 8.6)
 	case x.resp.length >= 0:
-		b = appendLength(b, x.resp.length)
+		b = appendNumber(b, "Content-Length: ", x.resp.length)
 	case bodiless:
 	case x.req.minor == 1:
 		out.chunked = true
@@ -3001,82 +2191,70 @@ func (x *exchange) respond(up *upstream) *failure {
 		x.keep = false
 	}
 	if !x.resp.dated {
-		b = append(b, "Date: "...) // RFC 9110, 6.6.1
-		b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
-		b = append(b, "\r\n"...)
+		b = time.Now().UTC().AppendFormat(append(b, "Date: "...), http.TimeFormat+"\r\n") // RFC 9110, 6.6.1
 	}
 	if !x.keep {
 		b = append(b, "Connection: close\r\n"...)
 	}
 	x.in = append(b, "\r\n"...)
 	out.head = x.in
-	return x.copyResponse(up, &out)
+	readErr, writeErr := out.copy(&x.respBody, x.awaitOrigin)
+	if writeErr != nil {
+		return x.clientFailure(writeErr, "", 0, "")
+	} else if readErr == nil {
+		return nil
+	}
+	if x.begun && !out.chunked && x.resp.length < 0 {
+		x.c.tcp.SetLinger(0) // a plain close would look like the end of the body
+	}
+	return x.upstreamFailure(readErr, false)
 }
 
-// copyResponse streams the response: its head together with what is here of the body, then the rest as it comes.
-func (x *exchange) copyResponse(up *upstream, out *bodyWriter) *failure {
-	b := &x.respBody
-	if b.framing != bodyNone && up.buffered() == 0 {
-		if err := out.flush(); err != nil {
-			return x.clientLost(err)
-		}
+// clientFailure says what is wrong with the client's connection or message, the part of it that was awaited within limit.
+func (x *exchange) clientFailure(err error, part string, limit time.Duration, variable string) *failure {
+	var bad fault
+	switch {
+	case errors.Is(err, faultLineTooLong):
+		return fail(414, tokenRequest, "the request-target is longer than %d bytes (SLUICE_MAX_HEADER)", x.srv.cfg.MaxHeader)
+	case errors.Is(err, faultHeadTooLarge), errors.Is(err, faultManyFields):
+		return fail(431, tokenRequest, "%v: it may have %d bytes (SLUICE_MAX_HEADER)", err, x.srv.cfg.MaxHeader)
+	case errors.Is(err, faultBodyTooLarge):
+		return fail(413, tokenRequest, "the request body is larger than %d bytes (SLUICE_MAX_REQUEST_BODY)", x.srv.cfg.MaxRequestBody)
+	case errors.As(err, &bad):
+		return fail(400, tokenRequest, "%v", bad)
+	case limit > 0 && errors.Is(err, os.ErrDeadlineExceeded):
+		return fail(408, tokenRequest, "the request's %s did not come within %v (%s)", part, limit, variable)
 	}
-	for {
-		data, done, err := b.next(x.awaitOrigin)
-		if err != nil {
-			return x.cutShort(up, out, err)
-		}
-		if err := out.write(data, done, b); err != nil {
-			return x.clientLost(err)
-		}
-		if b.spliceable(out.dst) {
-			m := move{dst: out.dst, src: &up.wire, limit: b.left, writeLimit: out.limit, beforeRead: x.awaitOrigin}
-			n, err := m.run()
-			done = b.skip(n)
-			if err != nil && m.readFailed {
-				return x.cutShort(up, out, err)
-			} else if err != nil {
-				return x.clientLost(err)
-			}
-		}
-		if done {
-			return nil
-		}
-	}
+	return fail(0, tokenClient, "the client left").because(err)
 }
 
-// cutShort says why a response body did not end well. If it has begun, the client learns from the connection's end: its
-// framing is not complete, and where there is none, the connection is reset.
-func (x *exchange) cutShort(up *upstream, out *bodyWriter, err error) *failure {
-	if x.begun {
-		x.keep = false
-		if !out.chunked && x.resp.length < 0 {
-			x.c.abort()
-		}
+// upstreamFailure says what is wrong with the origin's connection or message, or that the client left or sent a bad body.
+func (x *exchange) upstreamFailure(err error, nothing bool) *failure {
+	x.c.mu.Lock()
+	failed := x.c.failed
+	x.c.mu.Unlock()
+	awaited, limit := "SLUICE_RESPONSE_TIMEOUT", x.srv.cfg.ResponseTimeout
+	if x.headSeen {
+		awaited, limit = "SLUICE_BODY_TIMEOUT", x.srv.cfg.BodyTimeout
 	}
-	if errors.Is(err, errBodyLimit) {
-		return x.badUpstream(err)
+	var bad fault
+	switch {
+	case failed != nil:
+		return failed
+	case errors.Is(err, faultLineTooLong), errors.Is(err, faultHeadTooLarge), errors.Is(err, faultManyFields):
+		return fail(502, tokenHeadSize, "response of %s: %v (SLUICE_MAX_HEADER)", x.dst.key, err)
+	case errors.Is(err, faultBodyTooLarge):
+		return fail(502, tokenBodySize, "response of %s: %v (SLUICE_MAX_RESPONSE_BODY)", x.dst.key, err)
+	case errors.As(err, &bad):
+		return fail(502, tokenProtocol, "response of %s: %v", x.dst.key, err)
+	case errors.Is(err, net.ErrClosed): // by client.abandon
+		return fail(0, tokenClient, "the client left before %s had answered", x.dst.key)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fail(504, tokenResponseTimeout, "nothing came from %s for %v (%s)", x.dst.key, limit, awaited)
 	}
-	f := x.upstreamLost(up, err, false)
-	if f.token == tokenResponseTimeout && f.status == 504 && x.c.failed == nil {
-		f.text = fmt.Sprintf("nothing came of the response of %s for %v (SLUICE_BODY_TIMEOUT)", x.dst.key, x.srv.cfg.BodyTimeout)
-	}
+	f := fail(502, tokenTerminated, "%s closed the connection before its answer was complete", x.dst.key).because(err)
+	f.stale = nothing
 	return f
-}
-
-// switchProtocols passes a 101 on and carries what follows as a tunnel.
-func (x *exchange) switchProtocols(up *upstream) *failure {
-	if !x.resp.upgrade || !x.resp.websocket {
-		return x.badUpstream(faultUnasked)
-	}
-	x.status, x.keep, x.begun = 101, false, true
-	x.in = x.appendResponse(x.in[:0])
-	x.in = append(x.in, "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"...)
-	if err := x.c.write(x.srv.cfg.BodyTimeout, x.in, nil, nil); err != nil {
-		return x.clientLost(err)
-	}
-	x.relay(up)
-	return nil
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3092,52 +2270,48 @@ const (
 	bodyClose // ends with the connection
 )
 
-// chunkState is what comes next in a chunked body (RFC 9112, 7.1).
-type chunkState uint8
-
+// What comes next in a chunked body (RFC 9112, 7.1).
 const (
-	chunkSize chunkState = iota
+	chunkSize = iota
 	chunkData
 	chunkEnd // the CRLF after the data
 	chunkTrailers
 	chunkDone
 )
 
-// errBodyLimit is returned when a body is larger than its limit.
-const errBodyLimit = headFault("the body is too large")
-
-// maxChunkLine bounds a chunk's size line with its extensions, which are dropped.
-const maxChunkLine = 256
+const (
+	spliceFrom   = 64 << 10 // from this length on a body is moved in the kernel rather than through a buffer
+	smallPiece   = 2 << 10  // up to this length a piece is copied behind its head: that costs less than a vector
+	maxChunkLine = 256      // a chunk's size with its extensions, which are dropped
+)
 
 // body reads the body of one message from a wire.
 type body struct {
 	w       *wire
 	framing framing
-	state   chunkState
-	left    int64 // bodyLength: bytes to come; bodyChunked: bytes to come of the chunk
-	size    int64 // bytes of body so far
-	limit   int64 // most bytes, 0 = any
-	trailer head  // parsed when the body is done
+	state   int
+	left    int64       // bodyLength: bytes to come; bodyChunked: bytes to come of the chunk
+	size    int64       // bytes of body so far
+	limit   int64       // most bytes, 0 = any
+	ended   atomic.Bool // nothing more is to be read of it
+	trailer head        // parsed when a chunked body is done
 }
 
 // init reads a head's framing; other is what a body without any has.
 func (b *body) init(w *wire, h *head, other framing, limit int64) {
-	*b = body{w: w, framing: other, left: h.length, limit: limit}
-	switch {
-	case h.chunked:
-		b.framing, b.left = bodyChunked, 0
-	case h.length > 0:
-		b.framing = bodyLength
-	case h.length == 0:
+	*b = body{w: w, framing: other, limit: limit}
+	if h.chunked {
+		b.framing = bodyChunked
+	} else if h.length > 0 {
+		b.framing, b.left = bodyLength, h.length
+	} else if h.length == 0 {
 		b.framing = bodyNone
 	}
+	b.ended.Store(b.framing == bodyNone)
 }
 
-// reusable reports whether a wire whose body is done can carry another message.
-func (b *body) reusable() bool { return b.framing != bodyClose }
-
-// next returns the next bytes of the body, valid until the wire is filled again, and whether it is done; then there may be
-// none. beforeRead is called before each wait, to set its deadline.
+// next returns the next bytes of the body, valid until the wire is filled again, and whether they are the last. There may be
+// none then. beforeRead is called before each wait, to set its deadline.
 func (b *body) next(beforeRead func()) (data []byte, done bool, err error) {
 	for {
 		data, done, err = b.nextBuffered()
@@ -3145,7 +2319,7 @@ func (b *body) next(beforeRead func()) (data []byte, done bool, err error) {
 			return data, done, err
 		}
 		beforeRead()
-		if err := b.w.fill(); err == io.EOF && b.framing == bodyClose {
+		if err = b.w.fill(); err == io.EOF && b.framing == bodyClose {
 			return nil, true, nil
 		} else if err == io.EOF {
 			return nil, false, io.ErrUnexpectedEOF
@@ -3159,7 +2333,7 @@ func (b *body) next(beforeRead func()) (data []byte, done bool, err error) {
 func (b *body) nextBuffered() (data []byte, done bool, err error) {
 	switch b.framing {
 	case bodyNone:
-		return nil, true, nil
+		done = true
 	case bodyChunked:
 		data, err = b.nextChunks()
 		done = b.state == chunkDone
@@ -3172,178 +2346,156 @@ func (b *body) nextBuffered() (data []byte, done bool, err error) {
 		data = b.w.unused()
 		b.w.r = b.w.w
 	}
+	b.ended.Store(done)
 	b.size += int64(len(data))
 	if b.limit > 0 && b.size > b.limit {
-		return nil, false, errBodyLimit
+		return nil, false, faultBodyTooLarge
 	}
 	return data, done, err
 }
 
-// nextChunks decodes all chunks that are here into one run of bytes: what follows the first chunk's data is moved up to it, over
-// the size lines between, so that many small chunks leave as one.
+// nextChunks decodes all chunks that are here into one run of bytes: what follows the first chunk's data is moved up to it,
+// over the size lines between, so that many small chunks leave as one.
 func (b *body) nextChunks() ([]byte, error) {
 	w := b.w
 	start, end := w.r, w.r
-	for b.state != chunkDone {
-		if b.state == chunkData {
-			n := int(min(b.left, int64(w.buffered())))
-			if n == 0 {
-				break
-			}
-			if end == start {
-				start, end = w.r, w.r
-			}
-			if end != w.r {
-				copy(w.buf[end:], w.buf[w.r:w.r+n])
-			}
-			end += n
-			w.r += n
-			if b.left -= int64(n); b.left == 0 {
-				b.state = chunkEnd
+	for more := true; more && b.state != chunkDone; {
+		if b.state != chunkData {
+			var err error
+			if more, err = b.chunkFraming(w.unused()); err != nil {
+				return nil, err
 			}
 			continue
 		}
-		more, err := b.chunkFraming(w.unused())
-		if err != nil {
-			return nil, err
+		n := int(min(b.left, int64(w.buffered())))
+		if end == start {
+			start, end = w.r, w.r
+		} else {
+			copy(w.buf[end:], w.buf[w.r:w.r+n])
 		}
-		if !more {
-			break
+		end += n
+		w.r += n
+		if b.left -= int64(n); b.left == 0 {
+			b.state = chunkEnd
 		}
+		more = n > 0
 	}
 	return w.buf[start:end], nil
 }
 
 // chunkFraming reads what stands between chunks from in. It returns false when not all of it is here.
 func (b *body) chunkFraming(in []byte) (bool, error) {
+	n := 0
 	switch b.state {
 	case chunkSize:
-		i := bytes.IndexByte(in[:min(len(in), maxChunkLine)], '\n')
-		if i < 0 && len(in) < maxChunkLine {
+		if n = bytes.IndexByte(in[:min(len(in), maxChunkLine)], '\n') + 1; n == 0 && len(in) < maxChunkLine {
 			return false, nil
 		}
-		n, ok := parseChunkSize(in[:max(i, 0)])
-		if !ok {
+		var ok bool
+		if b.left, ok = parseChunkSize(in[:n]); !ok {
 			return false, faultChunk
 		}
-		b.w.r += i + 1
-		b.left, b.state = n, chunkData
-		if n == 0 {
+		b.state = chunkData
+		if b.left == 0 {
 			b.state = chunkTrailers
 		}
 	case chunkEnd:
-		if len(in) < 2 && (len(in) == 0 || in[0] == '\r') {
+		if n = 2; len(in) < n {
 			return false, nil
 		}
-		if in[0] != '\r' || in[1] != '\n' {
+		if string(in[:n]) != "\r\n" {
 			return false, faultChunk
 		}
-		b.w.r += 2
 		b.state = chunkSize
 	case chunkTrailers:
-		n, err := trailersEnd(in)
+		var err error
+		if n, _, err = sectionEnd(in, 0); n == 0 && len(in) > bufferSize {
+			err = faultHeadTooLarge
+		}
 		if n == 0 || err != nil {
 			return false, err
 		}
-		b.w.r += n
-		b.state = chunkDone
 		b.trailer.reset(in[:n])
-		b.trailer.minor = 1
-		return true, b.trailer.parseFields(0, nil, false)
+		if err := b.trailer.parseFields(0, nil, false); err != nil {
+			return false, err
+		}
+		b.state = chunkDone
 	}
+	b.w.r += n
 	return true, nil
 }
 
-// parseChunkSize reads a chunk-size line up to its LF: 1 to 15 hex digits, then CR or an extension, which may hold only what
-// a field value may.
+// parseChunkSize reads a chunk-size line: 1 to 15 hex digits, then an extension, which may hold only what a field value may.
 func parseChunkSize(line []byte) (int64, bool) {
-	n, digits := int64(0), 0
-	for ; digits < len(line); digits++ {
-		d := strings.IndexByte("0123456789abcdef", line[digits]|0x20)
-		if d < 0 || line[digits] < '0' {
-			break
-		}
-		n = n<<4 | int64(d)
-	}
-	if digits == 0 || digits > 15 || line[len(line)-1] != '\r' {
-		return 0, false
-	}
-	ext := line[digits : len(line)-1]
-	return n, len(ext) == 0 || ext[0] == ';' && all(ext, valueOctet)
-}
-
-// trailersEnd finds the length of a trailer section with the empty line that ends it; 0 when it is not all here.
-func trailersEnd(in []byte) (int, error) {
-	for at := 0; ; {
-		i := bytes.IndexByte(in[at:], '\n')
-		switch {
-		case i < 0 && len(in) > largeBuffer:
-			return 0, faultChunk
-		case i < 0:
-			return 0, nil
-		case i == 0 || in[at+i-1] != '\r':
-			return 0, faultBareLF
-		case i == 1:
-			return at + 2, nil
-		}
-		at += i + 1
-	}
-}
-
-// spliceable reports whether the rest of the body is large enough, and both connections plain enough, for the kernel to
-// move it.
-func (b *body) spliceable(dst *wire) bool {
-	return b.framing == bodyLength && b.left >= spliceFrom && b.w.buffered() == 0 && canSplice(dst, b.w)
-}
-
-// skip notes that n bytes of the body went another way, and reports whether it is done.
-func (b *body) skip(n int64) bool {
-	b.left -= n
-	b.size += n
-	return b.left == 0
+	line, ended := bytes.CutSuffix(line, []byte("\r\n"))
+	size, ext, _ := bytes.Cut(line, []byte{';'})
+	n, err := strconv.ParseUint(string(size), 16, 63)
+	return int64(n), ended && err == nil && len(size) < 16 && all(ext, valueOctet)
 }
 
 // bodyWriter sends the body of one message, its head with the first piece.
 type bodyWriter struct {
 	dst     *wire
-	limit   time.Duration
+	limit   time.Duration // for each piece to be taken
 	chunked bool
 	head    []byte // not sent yet; its room is used again for chunk sizes
-	started *bool  // set when the first byte is on its way
+	started *bool  // set when the first byte is on its way; may be nil
 }
 
-func (o *bodyWriter) flush() error { return o.send(o.head, nil, nil) }
+// copy sends all of b. The head goes out at once when none of the body is here.
+func (o *bodyWriter) copy(b *body, beforeRead func()) (readErr, writeErr error) {
+	if b.framing != bodyNone && b.w.buffered() == 0 {
+		writeErr = o.send(o.head, nil, nil)
+	}
+	for done := false; !done && writeErr == nil; {
+		var data []byte
+		if data, done, readErr = b.next(beforeRead); readErr != nil {
+			return readErr, nil
+		}
+		writeErr = o.write(data, done, b)
+		if b.framing == bodyLength && b.left >= spliceFrom && writeErr == nil && kernelMoves {
+			m := move{dst: o.dst, src: b.w, limit: b.left, beforeRead: beforeRead, patient: func() bool { return false }, moved: func() {}}
+			m.beforeWrite = func() { o.dst.tcp.SetWriteDeadline(deadline(o.limit)) }
+			n, err := m.run()
+			b.size += n
+			b.left -= n
+			done = b.left == 0
+			b.ended.Store(done)
+			if m.readFailed {
+				return err, nil
+			}
+			writeErr = err
+		}
+	}
+	return nil, writeErr
+}
 
-// write sends the next piece of from; done says that it is the last.
-func (o *bodyWriter) write(data []byte, done bool, from *body) error {
-	b := o.head
+// write sends the next piece; done says that it is the last of b.
+func (o *bodyWriter) write(data []byte, done bool, b *body) error {
+	out := o.head
 	if o.chunked && len(data) > 0 {
-		b = strconv.AppendUint(b, uint64(len(data)), 16)
-		b = append(b, "\r\n"...)
+		out = append(strconv.AppendUint(out, uint64(len(data)), 16), "\r\n"...)
 	}
-	before := len(b)
-	small := len(data) <= 2048 // copying costs less than a vector
-	if small {
-		b = append(b, data...)
-		data, before = nil, len(b)
+	before := len(out)
+	if len(data) <= smallPiece {
+		out = append(out, data...)
 	}
-	if o.chunked && (small && before > len(o.head) || !small) {
-		b = append(b, "\r\n"...)
+	if o.chunked && len(data) > 0 {
+		out = append(out, "\r\n"...)
 	}
 	if o.chunked && done {
-		b = append(b, "0\r\n"...)
-		b = from.trailer.appendKept(b)
-		b = append(b, "\r\n"...)
+		out = b.trailer.appendKept(append(out, "0\r\n"...))
+		out = append(out, "\r\n"...)
 	}
-	if small {
-		return o.send(b, nil, nil)
+	if len(data) <= smallPiece {
+		return o.send(out, nil, nil)
 	}
-	return o.send(b[:before], data, b[before:])
+	return o.send(out[:before], data, out[before:])
 }
 
 func (o *bodyWriter) send(a, b, c []byte) error {
 	o.head = a[:0]
-	if len(a)+len(b)+len(c) == 0 {
+	if len(a)+len(b) == 0 {
 		return nil
 	}
 	if o.started != nil {
@@ -3352,19 +2504,50 @@ func (o *bodyWriter) send(a, b, c []byte) error {
 	return o.dst.write(o.limit, a, b, c)
 }
 
+// move is one transfer of bytes from a wire to another; run does it.
+type move struct {
+	dst, src                *wire
+	limit                   int64       // most bytes to move
+	beforeRead, beforeWrite func()      // called before each wait, to set its deadline
+	patient                 func() bool // called when that is over, to know whether to wait on
+	moved                   func()      // called when bytes have moved
+	readFailed              bool        // set when the error is that of src
+}
+
+// mayRetry reports whether what err stopped is to be tried again.
+func (m *move) mayRetry(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) && m.patient() }
+
+// flush moves what is buffered of src.
+func (m *move) flush(limit int64) (total int64, err error) {
+	for total < limit && m.src.buffered() > 0 && err == nil {
+		m.beforeWrite()
+		var n int
+		n, err = m.dst.tcp.Write(m.src.unused()[:min(int64(m.src.buffered()), limit-total)])
+		m.src.r += n
+		total += int64(n)
+		m.moved()
+		if m.mayRetry(err) {
+			err = nil
+		}
+	}
+	return total, err
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Tunnels
 
-// Why a tunnel ended, as logged in close_reason.
-const (
-	closedByClient   = "client_closed"
-	closedByUpstream = "upstream_closed"
-	closedByError    = "connection_error"
-	closedIdle       = "idle_timeout"
-	closedHalf       = "half_close_timeout"
-	closedAge        = "max_age"
-	closedDrain      = "drain"
-)
+// tunnel is two moves, one in each direction. Both see the same clock: bytes in either direction keep both alive.
+type tunnel struct {
+	cfg        *config
+	client, up *wire
+	since      time.Time
+	last       atomic.Int64           // when a byte last moved, in ns after since
+	reason     atomic.Pointer[string] // why it ended, or which side closed first
+	down       int64                  // bytes to the client; owned by download until it ends
+	half       atomic.Bool            // one side has closed
+	ended      atomic.Bool            // end was called
+	other      sync.WaitGroup
+}
 
 // tunnel serves a CONNECT request: it dials, says 200 and carries bytes until both sides are done.
 func (x *exchange) tunnel() *failure {
@@ -3374,196 +2557,105 @@ func (x *exchange) tunnel() *failure {
 		return f
 	}
 	defer up.close()
-	x.peer, x.status, x.begun = up.peer, 200, true
-	if err := x.c.write(x.srv.cfg.BodyTimeout, []byte("HTTP/1.1 200 Connection Established\r\n\r\n"), nil, nil); err != nil {
-		return x.clientLost(err)
+	x.status, x.begun = 200, true
+	if f := x.tell([]byte("HTTP/1.1 200 Connection Established\r\n\r\n")); f != nil {
+		return f
 	}
 	x.relay(up)
 	return nil
 }
 
-// tunnel is two moves between a client and an origin, one in each direction. Both see the same clock: bytes in either
-// direction keep both alive.
-type tunnel struct {
-	cfg        *config
-	client, up *wire
-	since      time.Time
-	last       atomic.Int64           // when a byte last moved, in ns after since
-	reason     atomic.Pointer[string] // why it ended: the first reason stays
-	down       int64                  // bytes to the client; owned by download until it ends
-	other      sync.WaitGroup
-
-	mu   sync.Mutex
-	half bool // one side has closed; guarded by mu
-}
-
 // relay carries bytes both ways until both directions have ended (RFC 9110, 9.3.6).
 func (x *exchange) relay(up *upstream) {
 	t := &tunnel{cfg: &x.srv.cfg, client: &x.c.wire, up: &up.wire, since: time.Now()}
-	x.c.setUpstream(up, true)
+	x.peer = up.peer
+	x.c.track(up, true, nil)
 	t.other.Add(1)
 	go t.download()
-	x.upBytes = t.carry(t.up, t.client, closedByClient)
+	x.upBytes = t.carry(t.up, t.client, "client_closed")
 	t.other.Wait()
 	x.respBody.size, x.closed = t.down, *t.reason.Load()
-	if x.c.setUpstream(nil, false) {
-		x.closed = closedDrain
+	if x.c.track(nil, false, nil) {
+		x.closed = "drain"
 	}
 }
 
 func (t *tunnel) download() {
 	defer t.other.Done()
-	t.down = t.carry(t.client, t.up, closedByUpstream)
+	t.down = t.carry(t.client, t.up, "upstream_closed")
 }
 
 // carry moves bytes from src to dst until src ends, and passes that end on. It returns how many there were.
-func (t *tunnel) carry(dst, src *wire, reason string) (total int64) {
-	m := move{dst: dst, src: src, moved: t.touch, beforeRead: func() { t.arm(src) }}
-	for {
-		m.limit, m.writeLimit = math.MaxInt64, t.cfg.TunnelIdleTimeout
-		n, err := m.run()
-		total += n
-		switch {
-		case err == io.ErrUnexpectedEOF:
-			t.reason.CompareAndSwap(nil, &reason)
-			if t.halfClose(dst) != nil {
-				t.end(reason)
-			}
-			return total
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			over := t.over()
-			if over == "" {
-				continue // bytes went the other way meanwhile
-			}
-			t.end(over)
-			return total
-		default:
-			if t.reason.Load() == nil { // pass it on as what it is: neither side shall take what it got for everything
-				t.client.abort()
-				t.up.abort()
-			}
-			t.end(closedByError)
-			return total
+func (t *tunnel) carry(dst, src *wire, reason string) int64 {
+	m := move{dst: dst, src: src, limit: math.MaxInt64, moved: t.touch, patient: t.isAlive}
+	m.beforeRead = func() { t.arm(src.tcp.SetReadDeadline) }
+	m.beforeWrite = func() { t.arm(dst.tcp.SetWriteDeadline) }
+	n, err := m.run()
+	switch {
+	case err == io.ErrUnexpectedEOF:
+		t.reason.CompareAndSwap(nil, &reason)
+		t.half.Store(true)
+		t.arm(dst.tcp.SetReadDeadline) // the other direction has less patience now
+		t.arm(src.tcp.SetWriteDeadline)
+		if dst.tcp.CloseWrite() != nil {
+			t.end(reason)
 		}
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		_, over := t.deadline()
+		t.end(over)
+	default: // passed on as what it is: neither side shall take what it got for everything
+		t.client.tcp.SetLinger(0)
+		t.up.tcp.SetLinger(0)
+		t.end("connection_error")
 	}
+	return n
 }
 
-// end notes why the tunnel ends, and ends the waits of both directions.
+// end ends the tunnel; the first reason to do so stays.
 func (t *tunnel) end(reason string) {
-	t.reason.CompareAndSwap(nil, &reason)
-	t.client.conn.Close()
-	t.up.conn.Close()
-}
-
-// halfClose passes the end of one direction on; the other has less patience from now on.
-func (t *tunnel) halfClose(dst *wire) error {
-	if dst.tcp == nil {
-		return errors.ErrUnsupported
+	if !t.ended.Swap(true) {
+		t.reason.Store(&reason)
 	}
-	err := dst.tcp.CloseWrite()
-	t.mu.Lock()
-	t.half = true
-	t.mu.Unlock()
-	t.arm(dst)
-	return err
-}
-
-// arm sets the deadline for the next bytes of src.
-func (t *tunnel) arm(src *wire) {
-	t.mu.Lock()
-	src.conn.SetReadDeadline(t.deadlineLocked())
-	t.mu.Unlock()
+	t.client.tcp.Close()
+	t.up.tcp.Close()
 }
 
 func (t *tunnel) touch() { t.last.Store(int64(time.Since(t.since))) }
 
-// patienceLocked is how long the tunnel may go without a byte.
-func (t *tunnel) patienceLocked() time.Duration {
-	if t.half {
-		return t.cfg.TunnelHalfCloseTimeout
+// arm sets a deadline, again if a half-close came in between.
+func (t *tunnel) arm(set func(time.Time) error) {
+	for half := !t.half.Load(); half != t.half.Load(); {
+		half = t.half.Load()
+		at, _ := t.deadline()
+		set(at)
 	}
-	return t.cfg.TunnelIdleTimeout
 }
 
-// deadlineLocked is when the tunnel ends if no byte moves; zero when never.
-func (t *tunnel) deadlineLocked() time.Time {
-	var at time.Time
-	if p := t.patienceLocked(); p > 0 {
-		at = t.since.Add(time.Duration(t.last.Load()) + p)
+// isAlive reports whether bytes went the other way while one waited.
+func (t *tunnel) isAlive() bool {
+	at, _ := t.deadline()
+	return at.IsZero() || time.Now().Before(at)
+}
+
+// deadline is when the tunnel ends if no byte moves, zero when never, and why.
+func (t *tunnel) deadline() (at time.Time, reason string) {
+	patience, reason := t.cfg.TunnelIdleTimeout, "idle_timeout"
+	if t.half.Load() {
+		patience, reason = t.cfg.TunnelHalfCloseTimeout, "half_close_timeout"
+	}
+	if patience > 0 {
+		at = t.since.Add(time.Duration(t.last.Load()) + patience)
 	}
 	if age := t.cfg.TunnelMaxAge; age > 0 && (at.IsZero() || t.since.Add(age).Before(at)) {
-		at = t.since.Add(age)
+		at, reason = t.since.Add(age), "max_age"
 	}
-	return at
-}
-
-// over gives the reason to end now, or "".
-func (t *tunnel) over() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	switch at := t.deadlineLocked(); {
-	case at.IsZero() || time.Now().Before(at):
-		return ""
-	case t.cfg.TunnelMaxAge > 0 && time.Since(t.since) >= t.cfg.TunnelMaxAge:
-		return closedAge
-	case t.half:
-		return closedHalf
-	}
-	return closedIdle
-}
-
-// move is one transfer of bytes from a wire to another.
-type move struct {
-	dst, src   *wire
-	limit      int64         // most bytes to move
-	writeLimit time.Duration // for dst to take a piece
-	beforeRead func()        // called before each wait for src, to set its deadline
-	moved      func()        // called when bytes have moved; may be nil
-	readFailed bool          // the error came from src
-}
-
-// run moves bytes, what is buffered of src first, until the limit is reached (nil), src ends (io.ErrUnexpectedEOF) or a side
-// fails. It returns how many were moved.
-func (m *move) run() (n int64, err error) {
-	for n < m.limit {
-		if data := m.src.unused(); len(data) > 0 {
-			data = data[:min(int64(len(data)), m.limit-n)]
-			if err := m.dst.write(m.writeLimit, data, nil, nil); err != nil {
-				return n, err
-			}
-			m.src.r += len(data)
-			n += int64(len(data))
-			m.note()
-			continue
-		}
-		m.src.release()
-		if canSplice(m.dst, m.src) {
-			more, err := m.splice(m.limit - n)
-			return n + more, err
-		}
-		m.beforeRead()
-		if err := m.src.fillIdle(); err != nil {
-			m.readFailed = true
-			if err == io.EOF {
-				err = io.ErrUnexpectedEOF
-			}
-			return n, err
-		}
-	}
-	return n, nil
-}
-
-func (m *move) note() {
-	if m.moved != nil {
-		m.moved()
-	}
+	return at, reason
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Answers
 
-// Tokens say why a request failed, in Proxy-Status (RFC 9209, 2.3), in the log and in metrics. tokenClient stands in the
-// log alone: nobody is left to be answered.
+// Tokens say why a request failed, in Proxy-Status (RFC 9209, 2.3), log and metrics; tokenClient in the log alone.
 const (
 	tokenRequest         = "http_request_error"
 	tokenDenied          = "http_request_denied"
@@ -3602,89 +2694,56 @@ func (f *failure) because(err error) *failure {
 	return f
 }
 
-// answer sends the response that a failure maps to (DESIGN: one vocabulary for answer, log and metrics).
+// answer sends the response that stands for f.
 func (x *exchange) answer(f *failure) {
-	if x.connect || x.reqBody.framing != bodyNone && !x.received.Load() {
+	body := "sluice: " + f.text + "\n"
+	if x.connect {
 		x.keep, x.lingers = false, true // what follows is not a request
 	}
-	if f.status == 0 {
-		x.keep, x.lingers = false, false
-		return
+	b := x.appendAnswer(f.status, "text/plain", len(body))
+	name := x.srv.cfg.Name
+	if c := name[0] | 0x20; c < 'a' || c > 'z' {
+		name = strconv.Quote(name) // a token begins with a letter; both texts are printable ASCII (RFC 8941, 3.3)
 	}
-	x.status = f.status
-	body := "sluice: " + f.text + "\n"
-	b := x.appendAnswer(x.in[:0], f.status, "text/plain", len(body))
-	b = append(b, "Proxy-Status: "+x.srv.status+f.token+"; details="+sfString(f.text)+"\r\n\r\n"...)
-	x.in = b
+	b = fmt.Appendf(b, "Proxy-Status: %s; error=%s; details=%q\r\n\r\n", name, f.token, f.text)
 	if string(x.method) != "HEAD" {
 		b = append(b, body...)
 		x.respBody.size = int64(len(body))
 	}
-	if err := x.c.write(x.srv.cfg.BodyTimeout, b, nil, nil); err != nil {
-		x.keep = false
-	}
+	x.keep = x.tell(b) == nil && x.keep
 }
 
-// appendAnswer begins a response of Sluice's own.
-func (x *exchange) appendAnswer(b []byte, status int, mediaType string, length int) []byte {
-	b = fmt.Appendf(b, "HTTP/1.1 %d %s\r\nDate: %s\r\nVia: 1.1 %sContent-Type: %s\r\n", status, http.StatusText(status),
-		time.Now().UTC().Format(http.TimeFormat), x.srv.hop, mediaType)
-	b = appendLength(b, int64(length))
+// tell sends a message without a body to be streamed.
+func (x *exchange) tell(b []byte) *failure {
+	if err := x.c.write(x.srv.cfg.BodyTimeout, b, nil, nil); err != nil {
+		return x.clientFailure(err, "", 0, "")
+	}
+	return nil
+}
+
+// appendAnswer begins a response of Sluice's own. A request body that has not been read ends the connection.
+func (x *exchange) appendAnswer(status int, mediaType string, length int) []byte {
+	if !x.reqBody.ended.Load() {
+		x.keep, x.lingers = false, true
+	}
+	x.status = status
+	b := fmt.Appendf(x.in[:0], "HTTP/1.1 %d %s\r\nDate: %s\r\nVia: 1.1 %sContent-Type: %s\r\nContent-Length: %d\r\n", status, http.StatusText(status),
+		time.Now().UTC().Format(http.TimeFormat), x.srv.hop, mediaType, length)
 	if !x.keep {
 		b = append(b, "Connection: close\r\n"...)
 	}
 	return b
 }
 
-// answerSelf answers OPTIONS and TRACE whose Max-Forwards has run out here (RFC 9110, 7.6.2, 9.3.7, 9.3.8).
+// answerSelf answers OPTIONS and TRACE whose Max-Forwards has run out here (RFC 9110, 7.6.2), TRACE without fields: they hold secrets.
 func (x *exchange) answerSelf() *failure {
-	var echo []byte
-	mediaType := "text/plain"
+	mediaType, echo := "text/plain", ""
 	if string(x.method) == "TRACE" {
-		mediaType = "message/http"
-		echo = append(append(echo, x.line...), "\r\n"...)
-		for i := range x.req.fields {
-			if f := &x.req.fields[i]; f.kind < fieldHop && !bytes.EqualFold(x.req.name(f), []byte("Cookie")) && !bytes.EqualFold(x.req.name(f), []byte("Authorization")) {
-				echo = append(echo, x.req.raw[f.start:f.end]...)
-			}
-		}
-		echo = append(echo, "\r\n"...)
+		mediaType, echo = "message/http", string(x.line)+"\r\n\r\n"
 	}
-	if x.reqBody.framing != bodyNone {
-		x.keep, x.lingers = false, true
-	}
-	x.status, x.begun = 200, true
-	b := x.appendAnswer(x.in[:0], 200, mediaType, len(echo))
-	b = append(append(b, "\r\n"...), echo...)
-	x.respBody.size = int64(len(echo))
-	if err := x.c.write(x.srv.cfg.BodyTimeout, b, nil, nil); err != nil {
-		return x.clientLost(err)
-	}
-	return nil
-}
-
-// sfString writes an RFC 8941 string.
-func sfString(s string) string {
-	b := []byte{'"'}
-	for _, o := range []byte(s) {
-		switch {
-		case o == '"' || o == '\\':
-			b = append(b, '\\', o)
-		case o >= 0x20 && o < 0x7f:
-			b = append(b, o)
-		default:
-			b = append(b, '?')
-		}
-	}
-	return string(append(b, '"'))
-}
-
-// sfItem writes name as an RFC 8941 token where it can be one, as a string otherwise.
-func sfItem(name string) string {
-	if c := name[0] | 0x20; c >= 'a' && c <= 'z' && isToken([]byte(name)) {
-		return name
-	}
-	return sfString(name)
+	b := append(x.appendAnswer(200, mediaType, len(echo)), "\r\n"+echo...)
+	x.begun, x.respBody.size = true, int64(len(echo))
+	return x.tell(b)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3712,46 +2771,36 @@ const (
 	logTrace    = "trace_id"
 )
 
-// maxLogged is the most bytes of a client's text in one field.
-const maxLogged = 1024
-
-// logger writes structured records through a queue. Records about traffic are sampled by level before their attributes are
-// built; records about the process are not.
+// logger writes through a queue. Records about traffic are sampled by level before they are built, those about the process never.
 type logger struct {
 	process *slog.Logger
-	handler slog.Handler
 	shares  shares
 	queue   *logQueue
 }
 
 func newLogger(cfg *config, stdout io.Writer) *logger {
-	text := cfg.LogFormat == "text"
-	f, isFile := stdout.(*os.File)
-	if isFile && cfg.LogFormat == "auto" {
-		info, err := f.Stat()
-		text = err == nil && info.Mode()&os.ModeCharDevice != 0
+	file, terminal := stdout.(*os.File)
+	if terminal {
+		info, err := file.Stat()
+		terminal = err == nil && info.Mode()&os.ModeCharDevice != 0
 	}
 	encoder := func(w io.Writer) slog.Handler {
-		if text {
-			return tint.NewHandler(w, &tint.Options{Level: cfg.LogLevel, NoColor: !isFile || os.Getenv("NO_COLOR") != ""})
+		if cfg.LogFormat == "text" || cfg.LogFormat == "auto" && terminal {
+			return tint.NewHandler(w, &tint.Options{Level: cfg.LogLevel, NoColor: !terminal || os.Getenv("NO_COLOR") != ""})
 		}
 		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: cfg.LogLevel})
 	}
 	l := &logger{shares: cfg.LogSample, queue: &logQueue{out: stdout, room: cfg.LogBuffer, more: make(chan struct{}, 1), done: make(chan struct{})}}
 	l.queue.direct = slog.New(encoder(stdout))
-	l.handler = encoder(l.queue)
-	l.process = slog.New(l.handler)
+	l.process = slog.New(encoder(l.queue))
 	go l.queue.drain()
 	return l
 }
 
 // wants decides whether a record about traffic is written.
 func (l *logger) wants(level slog.Level) bool {
-	if !l.handler.Enabled(context.Background(), level) {
-		return false
-	}
 	share := l.shares[shareOf(level)]
-	return share == 1 || share > 0 && rand.Float64() < share
+	return l.process.Enabled(context.Background(), level) && (share == 1 || share > 0 && rand.Float64() < share)
 }
 
 // debug records that a connection opened or closed.
@@ -3761,13 +2810,9 @@ func (l *logger) debug(msg string, client netip.Addr) {
 	}
 }
 
-// close writes what waits, for a second at the most.
-func (l *logger) close() { l.queue.close(time.Second) }
-
-// record writes the one record of an exchange. What Sluice served or the client gave up is info, what it refused or could
-// not do is warn, its own fault is error.
-func (x *exchange) record() {
-	level, f := slog.LevelInfo, x.failure
+// record writes the one record of an exchange: info when served or given up by the client, warn when refused or not possible.
+func (x *exchange) record(f *failure) {
+	level, msg := slog.LevelInfo, "request"
 	if f != nil && f.token == tokenInternal {
 		level = slog.LevelError
 	} else if f != nil && f.token != tokenClient {
@@ -3776,69 +2821,62 @@ func (x *exchange) record() {
 	if !x.srv.log.wants(level) {
 		return
 	}
-	msg := "request"
-	if x.connect {
-		msg = "tunnel"
-	}
-	r := slog.NewRecord(time.Now(), level, msg, 0)
-	r.AddAttrs(slog.String(logClient, x.c.addr.String()))
-	if len(x.method) > 0 {
-		r.AddAttrs(slog.String(logMethod, clip(x.method)), slog.String(logVersion, "1."+strconv.Itoa(x.req.minor)))
-	}
-	if len(x.dst.key) > 0 {
-		r.AddAttrs(slog.String(logServer, clip(x.dst.host)), slog.Int(logPort, int(x.dst.port)))
-	}
-	if len(x.dst.key) > 0 && !x.connect {
-		path, query, _ := bytes.Cut(x.target, []byte{'?'})
-		r.AddAttrs(slog.String(logScheme, "http"), slog.String(logPath, clip(path)))
-		if x.srv.cfg.LogQuery && len(query) > 0 {
-			r.AddAttrs(slog.String(logQuery, clip(query)))
+	attrs := make([]slog.Attr, 0, 18)
+	add := func(name, value string) {
+		if value != "" {
+			attrs = append(attrs, slog.String(name, value[:min(len(value), 1024)])) // some are a client's choice
 		}
 	}
+	add(logClient, x.c.addr.String())
+	add(logMethod, string(x.method))
+	add(logServer, string(x.dst.host))
+	if x.connect {
+		msg = "tunnel"
+	} else if len(x.dst.host) > 0 {
+		path, query, _ := strings.Cut(string(x.target), "?")
+		add(logScheme, "http")
+		add(logPath, cmp.Or(path, "/"))
+		if x.srv.cfg.LogQuery {
+			add(logQuery, query)
+		}
+	}
+	if len(x.dst.host) > 0 {
+		attrs = append(attrs, slog.Int(logPort, int(x.dst.port)), slog.String(logVersion, "1."+strconv.Itoa(x.req.minor)))
+	}
 	if x.peer.IsValid() {
-		r.AddAttrs(slog.String(logPeer, x.peer.Addr().String()), slog.Bool(logReused, x.reused))
+		attrs = append(attrs, slog.String(logPeer, x.peer.Addr().String()), slog.Bool(logReused, x.reused))
 	}
 	if x.status != 0 {
-		r.AddAttrs(slog.Int(logStatus, x.status))
+		attrs = append(attrs, slog.Int(logStatus, x.status))
 	}
-	r.AddAttrs(slog.Int64(logUpSize, x.upBytes), slog.Int64(logDownSize, x.respBody.size), slog.Float64(logDuration, milliseconds(time.Since(x.start))))
+	attrs = append(attrs, slog.Int64(logUpSize, x.upBytes), slog.Int64(logDownSize, x.respBody.size), slog.Float64(logDuration, milliseconds(time.Since(x.start))))
 	if f != nil {
-		r.AddAttrs(slog.String(logType, f.token), slog.String(logMessage, f.describe()))
+		add(logType, f.token)
+		add(logMessage, f.text)
+		if f.cause != nil {
+			attrs[len(attrs)-1] = slog.String(logMessage, f.text+": "+f.cause.Error())
+		}
 	}
-	if x.closed != "" {
-		r.AddAttrs(slog.String(logClose, x.closed))
-	}
-	if x.traced {
-		r.AddAttrs(slog.String(logTrace, string(x.trace[:])))
-	}
-	x.srv.log.handler.Handle(context.Background(), r)
+	add(logClose, x.closed)
+	add(logTrace, x.trace)
+	x.srv.log.process.LogAttrs(context.Background(), level, msg, attrs...)
 }
-
-func (f *failure) describe() string {
-	if f.cause != nil {
-		return f.text + ": " + f.cause.Error()
-	}
-	return f.text
-}
-
-func clip(b []byte) string { return string(b[:min(len(b), maxLogged)]) }
 
 func milliseconds(d time.Duration) float64 { return math.Round(d.Seconds()*1e6) / 1e3 }
 
-// logQueue is a bounded queue of encoded records before a writer that may block: a goroutine writes what waits in one piece,
-// and a record that finds the queue full is dropped and counted.
+// logQueue stands before a writer that may block. A goroutine writes what waits in one piece; what finds it full is dropped.
 type logQueue struct {
 	out    io.Writer
 	direct *slog.Logger // past the queue
 	room   int
-	more   chan struct{} // has an element when there is something to write
+	more   chan struct{} // has an element when there is something to do
 	done   chan struct{} // closed when everything is written after close
 
-	mu      sync.Mutex
-	waiting []byte // guarded by mu
-	records int    // waiting or being written; guarded by mu
-	dropped int    // since it was last said; guarded by mu
-	closed  bool   // guarded by mu
+	mu      sync.Mutex // guards what follows
+	waiting []byte
+	records int // waiting or being written
+	dropped int // since it was last said
+	closed  bool
 }
 
 // Write takes one encoded record. It never blocks.
@@ -3867,29 +2905,28 @@ func (q *logQueue) drain() {
 	defer close(q.done)
 	var batch []byte
 	var said time.Time
-	for range q.more {
+	for closed := false; !closed; {
+		<-q.more
 		q.mu.Lock()
 		batch, q.waiting = q.waiting, batch[:0]
-		count, closed, dropped := q.records, q.closed, q.dropped
-		if dropped > 0 && (closed || time.Since(said) >= time.Second) {
-			q.dropped, said = 0, time.Now()
-		} else {
-			dropped = 0
+		count, dropped := q.records, 0
+		closed = q.closed
+		if closed || time.Since(said) >= time.Second {
+			dropped, q.dropped = q.dropped, 0
 		}
 		q.mu.Unlock()
 		q.out.Write(batch) // a stdout that is gone is no reason to stop
 		if dropped > 0 {
+			said = time.Now()
 			q.direct.Warn("log records dropped", "count", dropped)
 		}
 		q.mu.Lock()
 		q.records -= count
 		q.mu.Unlock()
-		if closed {
-			return
-		}
 	}
 }
 
+// close has drain write what is left, and waits for that while patience lasts.
 func (q *logQueue) close(patience time.Duration) {
 	q.mu.Lock()
 	q.closed = true
@@ -3916,7 +2953,7 @@ func newAdmin(s *server) *http.Server {
 		io.WriteString(w, "ready\n")
 	})
 	return &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
-		ErrorLog: slog.NewLogLogger(s.log.handler, slog.LevelDebug)}
+		ErrorLog: slog.NewLogLogger(s.log.process.Handler(), slog.LevelDebug)}
 }
 
 func (s *server) serveAdmin() {
@@ -3927,20 +2964,20 @@ func (s *server) serveAdmin() {
 
 // askHealth asks a running Sluice, found by the same environment, whether it is ready.
 func askHealth(environ []string) error {
-	cfg, err := loadConfig(environ)
+	cfg, _, err := loadConfig(environ)
 	if err != nil {
 		return err
 	}
 	if cfg.Admin == "off" {
 		return errors.New("SLUICE_ADMIN is off: there is nobody to ask")
 	}
-	at, _ := netip.ParseAddrPort(anyHost(cfg.Admin)) // checked by loadConfig
-	if at.Addr().IsUnspecified() {
-		at = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), at.Port())
+	host, port, _ := net.SplitHostPort(cfg.Admin) // checked by loadConfig
+	if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
+		host = "localhost"
 	}
-	// Not http.DefaultClient: HTTP_PROXY may well point at the proxy that is being asked about.
+	// Not http.DefaultTransport: HTTP_PROXY may well name the proxy that is asked about.
 	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{}}
-	resp, err := client.Get("http://" + at.String() + "/readyz")
+	resp, err := client.Get("http://" + net.JoinHostPort(host, port) + "/readyz")
 	if err != nil {
 		return err
 	}
@@ -3957,19 +2994,17 @@ func askHealth(environ []string) error {
 // tune_linux.go and tune_other.go each define:
 //
 //	canReusePort                 whether several sockets may listen on one address
-//	sockets                      options for sockets: deadPeer is the time after which a peer that acknowledges nothing is
-//	                             given up; listening and dialling are Control functions; close frees what was kept
-//	tuneKernel(cfg) []finding    raises RLIMIT_NOFILE, checks (TUNE=apply: writes) sysctls, and lists what falls short
+//	sockets                      options: listening and dialling are Control functions, deadPeer is when a peer that acknowledges
+//	                             nothing is given up; close frees what is kept
+//	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, checks (TUNE=apply: writes) sysctls, and warns of what falls short
 //	openFiles() int              the descriptor limit in force, 0 where there is none
-//	watcher, watched             tells hung-up connections: add(&watched, raw, listener) calls listener.hungUp(reset) at most a
-//	                             few times, from its own goroutine, until remove; elsewhere it never does
+//	watcher, watched             after add(&watched, raw, owner) of a client or upstream, run calls owner.hungUp when its peer has
+//	                             hung up, perhaps more than once, until remove; elsewhere never
 //	isQuiet(raw) bool            whether a connection at rest has neither bytes nor an end to be read; elsewhere always true
 //	(*wire).readIdle, fillIdle   fill, but without holding a buffer while waiting; elsewhere with one
-//	canSplice(dst, src) bool     whether move.splice can be used; elsewhere never
-//	(*move).splice(limit)        moves bytes in the kernel, holding no pipe while waiting for src
+//	(*move).run                  moves bytes until the limit is reached (nil), src ends (io.ErrUnexpectedEOF) or a side fails, and
+//	                             returns how many; kernelMoves: in the kernel, holding nothing while it waits for src
 
-// finding is one kernel setting that falls short.
-type finding struct{ setting, found, wanted, why, mend string }
-
-// hangupListener is told that its peer closed its sending side; reset: the whole connection.
-type hangupListener interface{ hungUp(reset bool) }
+// hangupGrace is how long a client that has closed its sending side still gets for the answer it waits for. Whether it has left
+// or only half-closed (`printf … | nc -N`) cannot be told without sending.
+const hangupGrace = time.Second

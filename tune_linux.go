@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -43,7 +45,7 @@ func (s *sockets) keepAlive(fd int) error {
 		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1),
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 30),
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15),
-		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(s.deadPeer.Milliseconds())))
+		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(min(s.deadPeer.Milliseconds(), math.MaxInt32))))
 }
 
 // control runs f on the descriptor of c.
@@ -65,9 +67,6 @@ func isQuiet(raw syscall.RawConn) bool {
 
 // fillIdle is fill for a wire that may wait long: the buffer is taken when there is something to read.
 func (w *wire) fillIdle() error {
-	if w.raw == nil {
-		return w.fill()
-	}
 	if err := w.raw.Read(w.idleRead); err != nil {
 		return err
 	}
@@ -87,7 +86,7 @@ func (w *wire) readIdle(fd uintptr) bool {
 	w.idleErr = nil
 	switch {
 	case err == unix.EAGAIN:
-		w.release()
+		w.drop()
 		return false
 	case err != nil:
 		w.idleErr = os.NewSyscallError("read", err)
@@ -197,51 +196,70 @@ func (w *watcher) run() {
 
 func (w *watcher) close() { w.file.Close() }
 
+// hangupListener is told that its peer closed its sending side; reset: the whole connection.
+type hangupListener interface{ hungUp(reset bool) }
+
+// hungUp gives up what the client's goroutine waits for meanwhile: it would not notice while that lasts.
+func (c *client) hungUp(reset bool) {
+	c.mu.Lock()
+	c.gone = true
+	c.mu.Unlock()
+	if reset {
+		c.abandon()
+	} else {
+		time.AfterFunc(hangupGrace, c.abandon)
+	}
+}
+
+// hungUp takes an idle connection out of the pool; one in use does not come back to it.
+func (up *upstream) hungUp(bool) {
+	up.hung.Store(true)
+	if up.srv.pool.remove(up) {
+		up.close()
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Splice
 
 // pipeSize is asked for as the capacity of a pipe; the kernel may give less.
 const pipeSize = 256 << 10
 
-// canSplice reports whether both ends are plain TCP.
-func canSplice(dst, src *wire) bool { return dst.raw != nil && src.raw != nil }
+const kernelMoves = true
 
-// splicer is one run of move.splice. The pipe is held only while it has bytes in it or src is being read.
-type splicer struct {
-	*move
-	limit int64
-	pipe  *[2]int
-	held  int   // bytes in the pipe
-	total int64 // bytes written
-	err   error
-}
-
-// splice moves up to limit bytes from src to dst through a pipe, in the kernel.
-func (m *move) splice(limit int64) (int64, error) {
-	s := &splicer{move: m, limit: limit}
+// run is flush and then, through a pipe that is held only while src is being read or bytes are in it, splice(2).
+func (m *move) run() (int64, error) {
+	n, err := m.flush(m.limit)
+	m.src.drop()
+	s := &splicer{move: m, total: n}
 	defer s.dropPipe()
 	in, out := s.in, s.out // stored: a method value would be allocated at each wait
-	for s.total < limit {
-		err := m.src.raw.Read(in)
+	for s.total < m.limit && err == nil {
+		reading := s.held == 0
+		if reading {
+			m.beforeRead() // each time: a deadline may pass while there is always something to read, but dst is slow
+			err = m.src.raw.Read(in)
+		} else {
+			m.beforeWrite()
+			err = m.dst.raw.Write(out)
+		}
 		if err == nil {
-			err = s.err
+			err, s.err = s.err, nil
 		}
-		if err != nil {
-			m.readFailed = true
-			return s.total, err
-		}
-		for s.held > 0 {
-			m.dst.conn.SetWriteDeadline(deadline(m.writeLimit))
-			err := m.dst.raw.Write(out)
-			if err == nil {
-				err = s.err
-			}
-			if err != nil {
-				return s.total, err
-			}
+		if m.readFailed = reading && err != nil; m.mayRetry(err) {
+			err = nil
 		}
 	}
-	return s.total, nil
+	return s.total, err
+}
+
+// splicer is one run of a move.
+type splicer struct {
+	*move
+	pipe  *[2]int
+	held  int   // bytes in the pipe
+	total int64 // bytes moved
+	err   error // of the last splice(2)
 }
 
 // in reads into the pipe; false asks to be called again when src is readable.
@@ -253,7 +271,6 @@ func (s *splicer) in(fd uintptr) bool {
 	switch {
 	case err == unix.EAGAIN:
 		s.dropPipe()
-		s.beforeRead()
 		return false
 	case err != nil:
 		s.err = os.NewSyscallError("splice", err)
@@ -273,7 +290,7 @@ func (s *splicer) out(fd uintptr) bool {
 	s.err = os.NewSyscallError("splice", err)
 	s.held -= n
 	s.total += int64(n)
-	s.note()
+	s.moved()
 	return true
 }
 
@@ -374,13 +391,16 @@ func sysctls() []sysctl {
 }
 
 // tuneKernel raises the descriptor limit and checks the sysctls. With TUNE=apply it writes those that fall short first.
-func tuneKernel(cfg *config) (findings []finding) {
+func tuneKernel(cfg *config, log *slog.Logger) {
 	raiseFiles(cfg.NOFILE)
 	if cfg.Tune == "off" {
-		return nil
+		return
+	}
+	warn := func(setting, found, wanted, why, mend string) {
+		log.Warn("kernel setting falls short", "setting", setting, "found", found, "wanted", wanted, "why", why, "mend", mend)
 	}
 	if n := openFiles(); n < 65536 && (cfg.NOFILE == 0 || n < cfg.NOFILE) {
-		findings = append(findings, finding{"RLIMIT_NOFILE", strconv.Itoa(n), "65536", "a tunnel needs two descriptors", "ulimits: {nofile: 65536}"})
+		warn("RLIMIT_NOFILE", strconv.Itoa(n), "65536", "a tunnel needs two descriptors", "ulimits: {nofile: 65536}")
 	}
 	for _, s := range sysctls() {
 		path := "/proc/sys/" + strings.ReplaceAll(s.name, ".", "/")
@@ -393,10 +413,9 @@ func tuneKernel(cfg *config) (findings []finding) {
 			value = "unreadable: " + err.Error()
 		}
 		if err != nil || !s.enough(value) {
-			findings = append(findings, finding{s.name, value, s.wanted, s.why, fmt.Sprintf("sysctls: {%s: %q}", s.name, s.wanted)})
+			warn(s.name, value, s.wanted, s.why, fmt.Sprintf("sysctls: {%s: %q}", s.name, s.wanted))
 		}
 	}
-	return findings
 }
 
 func readSetting(path string) (string, error) {

@@ -4,7 +4,9 @@
 package main
 
 import (
-	"errors"
+	"cmp"
+	"io"
+	"log/slog"
 	"syscall"
 	"time"
 )
@@ -17,19 +19,39 @@ func (*sockets) listening(network, address string, c syscall.RawConn) error { re
 func (*sockets) dialling(network, address string, c syscall.RawConn) error  { return nil }
 func (*sockets) close()                                                     {}
 
-func tuneKernel(*config) []finding { return nil }
-func openFiles() int               { return 0 }
+func tuneKernel(*config, *slog.Logger) {}
+func openFiles() int                   { return 0 }
 
 type watcher struct{}
 type watched struct{}
 
-func newWatcher() (*watcher, error)                            { return &watcher{}, nil }
-func (*watcher) add(*watched, syscall.RawConn, hangupListener) {}
-func (*watcher) remove(*watched)                               {}
-func (*watcher) run()                                          {}
-func (*watcher) close()                                        {}
-func isQuiet(syscall.RawConn) bool                             { return true }
-func (w *wire) readIdle(uintptr) bool                          { return true }
-func (w *wire) fillIdle() error                                { return w.fill() }
-func canSplice(dst, src *wire) bool                            { return false }
-func (m *move) splice(limit int64) (int64, error)              { return 0, errors.ErrUnsupported }
+func newWatcher() (*watcher, error)                 { return &watcher{}, nil }
+func (*watcher) add(*watched, syscall.RawConn, any) {}
+func (*watcher) remove(*watched)                    {}
+func (*watcher) run()                               {}
+func (*watcher) close()                             {}
+
+func isQuiet(syscall.RawConn) bool    { return true }
+func (w *wire) readIdle(uintptr) bool { return true }
+func (w *wire) fillIdle() error       { return w.fill() }
+
+const kernelMoves = false
+
+func (m *move) run() (total int64, err error) {
+	for total < m.limit && err == nil {
+		if m.src.buffered() == 0 {
+			m.beforeRead()
+			if err = m.src.fill(); m.mayRetry(err) {
+				err = nil
+				continue
+			} else if err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			}
+			m.readFailed = err != nil
+		}
+		n, failed := m.flush(m.limit - total)
+		total += n
+		err = cmp.Or(err, failed)
+	}
+	return total, err
+}
