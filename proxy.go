@@ -96,8 +96,7 @@ func exitStatus(err error, stderr io.Writer) int {
 		return 0
 	}
 	fmt.Fprintln(stderr, "sluice:", err)
-	var bad configErrors
-	if errors.As(err, &bad) {
+	if bad := (configErrors)(nil); errors.As(err, &bad) {
 		return 2
 	}
 	return 1
@@ -110,7 +109,7 @@ func command(args, environ []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "sluice %s %s %s/%s\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 		return 0
 	case "health":
-		return exitStatus(askHealth(environ), stderr)
+		return min(exitStatus(askHealth(environ), stderr), 1) // the two that Docker knows
 	case "env":
 		return exitStatus(printEnv(environ, stdout), stderr)
 	}
@@ -583,7 +582,7 @@ func (s *server) listen(ctx context.Context) error {
 			return fmt.Errorf("SLUICE_ADMIN: %w", err)
 		}
 		s.own = append(s.own, addrPort(l.Addr()))
-		s.adminOn, s.admin = l, newAdmin(s)
+		s.adminOn, s.admin, s.cfg.Admin = l, newAdmin(s), l.Addr().String()
 	}
 	return nil
 }
@@ -691,17 +690,9 @@ func addrPort(a net.Addr) netip.AddrPort {
 
 // logStart says what is in force.
 func (s *server) logStart() {
-	var listen []string
-	for _, l := range s.listeners {
-		listen = append(listen, l.Addr().String())
-	}
-	admin := s.cfg.Admin
-	if s.adminOn != nil {
-		admin = s.adminOn.Addr().String()
-	}
-	s.log.process.Info("listening", "version", version, "addresses", slices.Compact(listen), "listeners", len(listen), "admin", admin,
-		"name", s.cfg.Name, "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(), "max_header", int64(s.cfg.MaxHeader),
-		"pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
+	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
+		"admin", s.cfg.Admin, "name", s.cfg.Name, "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
+		"max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -710,7 +701,6 @@ func (s *server) logStart() {
 // client is one client connection and what others need to know of the exchange it is in.
 type client struct {
 	wire
-	srv   *server
 	addr  netip.Addr
 	watch watched
 	idle  atomic.Bool // between requests
@@ -725,8 +715,8 @@ type client struct {
 }
 
 func (s *server) newClient(conn *net.TCPConn) *client {
-	c := &client{srv: s, addr: addrPort(conn.RemoteAddr()).Addr()}
-	c.wire.init(conn, &s.buffers)
+	c := &client{addr: addrPort(conn.RemoteAddr()).Addr()}
+	c.attach(s, conn)
 	s.clients.Store(c, nil)
 	return c
 }
@@ -836,20 +826,20 @@ const bufferSize = 16 << 10
 
 // wire is one connection and the bytes that were read from it and not used yet.
 type wire struct {
-	tcp     *net.TCPConn
-	raw     syscall.RawConn // of tcp
-	buffers *sync.Pool      // of *[bufferSize]byte
-	buf     []byte          // nil while nothing is held
-	r, w    int             // buf[r:w] is unused
-	vec     [3][]byte       // used by write
-	vecs    net.Buffers     // used by write
+	srv  *server
+	tcp  *net.TCPConn
+	raw  syscall.RawConn // of tcp
+	buf  []byte          // nil while nothing is held
+	r, w int             // buf[r:w] is unused
+	vec  [3][]byte       // used by write
+	vecs net.Buffers     // used by write
 
 	idleRead func(uintptr) bool // readIdle, stored since a method value would be allocated at each wait
 	idleErr  error
 }
 
-func (w *wire) init(conn *net.TCPConn, buffers *sync.Pool) {
-	w.tcp, w.buffers = conn, buffers
+func (w *wire) attach(srv *server, conn *net.TCPConn) {
+	w.srv, w.tcp = srv, conn
 	w.raw, _ = conn.SyscallConn() // fails on nil only
 	w.idleRead = w.readIdle
 }
@@ -872,7 +862,7 @@ func (w *wire) fill() error {
 func (w *wire) makeRoom() {
 	switch {
 	case w.buf == nil:
-		w.buf = w.buffers.Get().(*[bufferSize]byte)[:]
+		w.buf = w.srv.buffers.Get().(*[bufferSize]byte)[:]
 	case w.r > 0:
 		w.r, w.w = 0, copy(w.buf, w.unused())
 	case w.w == len(w.buf):
@@ -886,7 +876,7 @@ func (w *wire) makeRoom() {
 // drop gives the buffer back whatever it holds.
 func (w *wire) drop() {
 	if len(w.buf) == bufferSize {
-		w.buffers.Put((*[bufferSize]byte)(w.buf))
+		w.srv.buffers.Put((*[bufferSize]byte)(w.buf))
 	}
 	w.buf, w.r, w.w = nil, 0, 0
 }
@@ -922,13 +912,14 @@ func (w *wire) readHead(limit int, until time.Time) ([]byte, error) {
 		case end == 2:
 			w.r += 2
 			continue
+		case end > limit || end == 0 && len(b) >= limit:
+			if i := bytes.IndexByte(b, '\n'); i < 0 || i >= limit {
+				return nil, faultLineTooLong
+			}
+			return nil, faultHeadTooLarge
 		case end > 0:
 			w.r += end
 			return b[:end], nil
-		case len(b) >= limit && next == 0:
-			return nil, faultLineTooLong
-		case len(b) >= limit:
-			return nil, faultHeadTooLarge
 		}
 		line = next
 		if !until.IsZero() {
@@ -1030,8 +1021,6 @@ const (
 	faultChunk        = fault("malformed chunk")
 )
 
-const maxFields = 256
-
 // fieldKind tells apart the fields that Sluice acts upon.
 type fieldKind uint8
 
@@ -1040,6 +1029,7 @@ const (
 	fieldVia                              // passed on; looked at for loops
 	fieldDate                             // passed on
 	fieldTrace                            // passed on and logged
+	fieldTrailer                          // passed on, unless it names framing
 	fieldExpect                           // passed on, but not from HTTP/1.0
 	fieldHop                              // hop-by-hop: it and all that follow end here (RFC 9110, 7.6.1)
 	fieldHost                             // re-made from the target
@@ -1056,7 +1046,7 @@ var fieldNames = [...]struct {
 	name string
 	kind fieldKind
 }{
-	{"via", fieldVia}, {"date", fieldDate}, {"traceparent", fieldTrace}, {"expect", fieldExpect}, {"keep-alive", fieldHop},
+	{"via", fieldVia}, {"date", fieldDate}, {"traceparent", fieldTrace}, {"trailer", fieldTrailer}, {"expect", fieldExpect}, {"keep-alive", fieldHop},
 	{"proxy-authenticate", fieldHop}, {"proxy-authorization", fieldHop}, {"host", fieldHost}, {"content-length", fieldLength},
 	{"transfer-encoding", fieldCoding}, {"connection", fieldConnection}, {"proxy-connection", fieldProxyConnection},
 	{"te", fieldTE}, {"upgrade", fieldUpgrade}, {"max-forwards", fieldMaxForwards},
@@ -1125,7 +1115,7 @@ func (h *head) parseFields(at int, hop []byte, unfold bool) error {
 			return fault("a field name is empty, holds an invalid byte, or is not followed by a colon")
 		case !all(line[colon+1:], valueOctet):
 			return fault("a field value holds an invalid byte")
-		case len(h.fields) == maxFields:
+		case len(h.fields) == 256:
 			return faultManyFields
 		}
 		kind := kindOf(line[:colon])
@@ -1165,7 +1155,7 @@ func (h *head) note(kind fieldKind, value, hop []byte) error {
 			return fault("Transfer-Encoding other than a single chunked, or in HTTP/1.0")
 		}
 		h.chunked = true
-	case fieldConnection, fieldProxyConnection, fieldTE, fieldVia:
+	case fieldConnection, fieldProxyConnection, fieldTE, fieldVia, fieldTrailer:
 		return h.noteList(kind, value, hop)
 	case fieldHost:
 		h.hosts++
@@ -1194,8 +1184,13 @@ func (h *head) noteList(kind fieldKind, value, hop []byte) error {
 			if by := bytes.Fields(item); len(by) > 1 && bytes.EqualFold(by[1], hop) {
 				h.looped = true
 			}
+		case kind == fieldTrailer:
+			if k := kindOf(item); k == fieldLength || k == fieldCoding || k == fieldTrailer {
+				return fault("Trailer names a field of framing")
+			}
 		case kind == fieldTE:
-			h.trailers = h.trailers || equalFold(item, "trailers")
+			item, _, _ = bytes.Cut(item, []byte{';'})
+			h.trailers = h.trailers || equalFold(bytes.TrimRight(item, " \t"), "trailers")
 		case equalFold(item, "close"):
 			h.close = true
 		case kind == fieldProxyConnection || len(item) == 0 || equalFold(item, "te"):
@@ -1252,10 +1247,10 @@ func (h *head) parseStatus() (int, error) {
 // parseDecimal reads digits alone: no sign, no space, no overflow.
 func parseDecimal(b []byte) (n int64, ok bool) {
 	for _, d := range b {
-		if d < '0' || d > '9' || n > (math.MaxInt64-9)/10 {
+		if d -= '0'; d > 9 || n > (math.MaxInt64-int64(d))/10 {
 			return 0, false
 		}
-		n = n*10 + int64(d-'0')
+		n = n*10 + int64(d)
 	}
 	return n, len(b) > 0
 }
@@ -1360,7 +1355,7 @@ func (x *exchange) readRequest() *failure {
 		return x.clientFailure(err, "head", x.srv.cfg.HeaderTimeout, "SLUICE_HEADER_TIMEOUT")
 	}
 	x.keep = x.req.minor == 1 && !x.req.close // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
-	x.reqBody.init(&x.c.wire, &x.req, bodyNone, int64(x.srv.cfg.MaxRequestBody))
+	x.reqBody.begin(&x.c.wire, &x.req, bodyNone, int64(x.srv.cfg.MaxRequestBody))
 	x.trace = traceID(string(x.req.trace))
 	return nil
 }
@@ -1639,7 +1634,13 @@ func (r *resolver) resolve(ctx context.Context, host string) ([]netip.Addr, erro
 	defer r.mu.Unlock()
 	a := r.answers[host]
 	if a == nil {
-		r.makeRoomLocked()
+		for other, o := range r.answers { // any may go when there are too many
+			if len(r.answers) < maxNames {
+				break
+			} else if o.done == nil {
+				delete(r.answers, other)
+			}
+		}
 		a = &dnsAnswer{}
 		r.answers[host] = a
 	}
@@ -1685,18 +1686,6 @@ func (r *resolver) refresh(host string, a *dnsAnswer) {
 	a.done = nil
 }
 
-// makeRoomLocked forgets one answer, any, when there are too many.
-func (r *resolver) makeRoomLocked() {
-	for host, a := range r.answers {
-		if len(r.answers) < maxNames {
-			return
-		}
-		if a.done == nil {
-			delete(r.answers, host)
-		}
-	}
-}
-
 // interleave orders addresses so that the families take turns, beginning with that of the first (RFC 8305, 4).
 func interleave(addrs []netip.Addr) []netip.Addr {
 	rank, seen := map[netip.Addr]int{}, [2]int{}
@@ -1711,9 +1700,6 @@ func interleave(addrs []netip.Addr) []netip.Addr {
 	slices.SortFunc(addrs, func(a, b netip.Addr) int { return rank[a] - rank[b] })
 	return slices.Compact(addrs)
 }
-
-// attemptDelay is how long one address has before the next is tried beside it (RFC 8305, 5).
-const attemptDelay = 250 * time.Millisecond
 
 // dialUpstream resolves, judges and connects. The whole of it ends when DIAL_TIMEOUT is over or the client has left.
 func (x *exchange) dialUpstream() (*upstream, *failure) {
@@ -1736,8 +1722,8 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	if err != nil {
 		return nil, x.dialFailure(err)
 	}
-	up := &upstream{srv: x.srv, key: string(x.dst.key), peer: addrPort(conn.RemoteAddr())}
-	up.wire.init(conn, &x.srv.buffers)
+	up := &upstream{key: string(x.dst.key), peer: addrPort(conn.RemoteAddr())}
+	up.attach(x.srv, conn)
 	return up, nil
 }
 
@@ -1771,7 +1757,7 @@ func isUnroutable(err error) bool {
 	return errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EINVAL)
 }
 
-// race connects to the first that answers (RFC 8305), each with a head start of attemptDelay, the next at once when one fails.
+// race connects to the first that answers (RFC 8305), each with a head start, the next at once when one fails.
 func (s *server) race(ctx context.Context, addrs []netip.AddrPort) (*net.TCPConn, error) {
 	dialer := &net.Dialer{Control: s.sockets.dialling, KeepAlive: -1}
 	dialer.SetMultipathTCP(false)
@@ -1790,7 +1776,7 @@ func (s *server) race(ctx context.Context, addrs []netip.AddrPort) (*net.TCPConn
 			if next < len(addrs) {
 				go attempt(ctx, dialer, addrs[next], winner, losers)
 				next++
-				start.Reset(attemptDelay)
+				start.Reset(250 * time.Millisecond) // RFC 8305, 5
 			}
 		case conn := <-winner:
 			return conn, nil
@@ -1826,14 +1812,9 @@ func attempt(ctx context.Context, dialer *net.Dialer, addr netip.AddrPort, winne
 // ---------------------------------------------------------------------------------------------------------------------
 // Pool
 
-// probeAfter is the idle time after which a pooled connection is looked at before it is used: a server may have sent a farewell
-// (408) that is not the answer to what comes next. Before that, the watcher's word is taken.
-const probeAfter = 100 * time.Millisecond
-
 // upstream is one connection to an origin.
 type upstream struct {
 	wire
-	srv   *server
 	key   string // host:port it was dialled for; it is reused for no other
 	peer  netip.AddrPort
 	watch watched
@@ -1877,7 +1858,8 @@ func (p *pool) get(key []byte, careful bool) *upstream {
 		up := list[len(list)-1]
 		p.removeLocked(up, len(list)-1)
 		p.mu.Unlock()
-		if !up.hung.Load() && (!careful && time.Since(up.since) < probeAfter || isQuiet(up.raw)) {
+		// The watcher tells of an end, but not of a farewell (408) that would be taken for the answer to what comes next.
+		if !up.hung.Load() && (!careful && time.Since(up.since) < 100*time.Millisecond || isQuiet(up.raw)) {
 			return up
 		}
 		up.close()
@@ -1952,9 +1934,6 @@ func (p *pool) close() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Forwarding
 
-// maxInterim is the most 1xx responses that one request may have.
-const maxInterim = 100
-
 // forward sends the request to its origin and the response back. A reused connection that died before a byte of response is
 // replaced by a new one, if the request can be repeated (RFC 9110, 9.2.2).
 func (x *exchange) forward() *failure {
@@ -2005,10 +1984,11 @@ func (x *exchange) appendRequest(b []byte) []byte {
 	} else if x.req.length >= 0 {
 		b = appendNumber(b, "Content-Length: ", x.req.length)
 	}
-	if x.req.forwards >= 0 && x.countsForwards() {
-		b = appendNumber(b, "Max-Forwards: ", x.req.forwards-1) // 0 is answered by answerSelf
-	} else if x.req.forwards >= 0 {
-		b = appendNumber(b, "Max-Forwards: ", x.req.forwards)
+	if n := x.req.forwards; n >= 0 {
+		if x.countsForwards() {
+			n-- // 0 is answered by answerSelf
+		}
+		b = appendNumber(b, "Max-Forwards: ", n)
 	}
 	if x.upgrades() {
 		b = append(b, "Connection: Upgrade\r\nUpgrade: websocket\r\n"...)
@@ -2072,7 +2052,7 @@ func (x *exchange) sendWhole(up *upstream) *failure {
 // has read everything. It runs in a goroutine of its own. That the origin closed is no failure: it may have answered.
 func (x *exchange) sendBody(up *upstream) {
 	defer x.upload.Done()
-	out := bodyWriter{dst: &up.wire, limit: x.srv.cfg.BodyTimeout, head: x.out, chunked: x.reqBody.framing == bodyChunked}
+	out := bodyWriter{dst: &up.wire, limit: x.srv.cfg.BodyTimeout, head: x.out, chunked: x.reqBody.framing == bodyChunked, started: new(bool)}
 	readErr, writeErr := out.copy(&x.reqBody, x.awaitClient)
 	x.sent.Store(readErr == nil && writeErr == nil)
 	x.c.mu.Lock()
@@ -2128,7 +2108,7 @@ func (x *exchange) receive(up *upstream) *failure {
 		status, err := x.resp.parseStatus()
 		if err == nil && status == 101 && !(x.upgrades() && x.resp.switchOver && x.resp.websocket) {
 			err = fault("a 101 response that was not asked for")
-		} else if err == nil && interim == maxInterim {
+		} else if err == nil && interim == 100 {
 			err = fault("too many informational responses")
 		}
 		switch {
@@ -2169,7 +2149,7 @@ func (x *exchange) respond(up *upstream) *failure {
 	x.headSeen = true
 	x.c.mu.Unlock()
 	limit := int64(x.srv.cfg.MaxResponseBody)
-	x.respBody.init(&up.wire, &x.resp, bodyClose, limit)
+	x.respBody.begin(&up.wire, &x.resp, bodyClose, limit)
 	bodiless := string(x.method) == "HEAD" || x.status == 204 || x.status == 304
 	if bodiless {
 		x.respBody.framing = bodyNone
@@ -2297,8 +2277,8 @@ type body struct {
 	trailer head        // parsed when a chunked body is done
 }
 
-// init reads a head's framing; other is what a body without any has.
-func (b *body) init(w *wire, h *head, other framing, limit int64) {
+// begin reads a head's framing; other is what a body without any has.
+func (b *body) begin(w *wire, h *head, other framing, limit int64) {
 	*b = body{w: w, framing: other, limit: limit}
 	if h.chunked {
 		b.framing = bodyChunked
@@ -2346,11 +2326,11 @@ func (b *body) nextBuffered() (data []byte, done bool, err error) {
 		data = b.w.unused()
 		b.w.r = b.w.w
 	}
-	b.ended.Store(done)
 	b.size += int64(len(data))
 	if b.limit > 0 && b.size > b.limit {
 		return nil, false, faultBodyTooLarge
 	}
+	b.ended.Store(done)
 	return data, done, err
 }
 
@@ -2410,7 +2390,7 @@ func (b *body) chunkFraming(in []byte) (bool, error) {
 	case chunkTrailers:
 		var err error
 		if n, _, err = sectionEnd(in, 0); n == 0 && len(in) > bufferSize {
-			err = faultHeadTooLarge
+			err = faultChunk
 		}
 		if n == 0 || err != nil {
 			return false, err
@@ -2439,7 +2419,7 @@ type bodyWriter struct {
 	limit   time.Duration // for each piece to be taken
 	chunked bool
 	head    []byte // not sent yet; its room is used again for chunk sizes
-	started *bool  // set when the first byte is on its way; may be nil
+	started *bool  // set when the first byte is on its way
 }
 
 // copy sends all of b. The head goes out at once when none of the body is here.
@@ -2498,9 +2478,7 @@ func (o *bodyWriter) send(a, b, c []byte) error {
 	if len(a)+len(b) == 0 {
 		return nil
 	}
-	if o.started != nil {
-		*o.started = true
-	}
+	*o.started = true
 	return o.dst.write(o.limit, a, b, c)
 }
 

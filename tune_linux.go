@@ -24,7 +24,12 @@ import (
 const canReusePort = true
 
 // sockets sets options on sockets before they listen or connect.
-type sockets struct{ deadPeer time.Duration }
+type sockets struct {
+	deadPeer time.Duration
+
+	mu    sync.Mutex
+	pipes []*[2]int // empty, for reuse; guarded by mu
+}
 
 // listening sets what accepted sockets inherit (tcp(7): the options of a listening socket are copied), so that no system
 // call per connection is spent on it.
@@ -303,21 +308,17 @@ func splice(from, to, most int) (int, error) {
 	}
 }
 
-// pipes keeps a few empty pipes for reuse, by a list that closes what it cannot keep: a sync.Pool would leak descriptors.
-var pipes struct {
-	sync.Mutex
-	free []*[2]int // guarded by Mutex
-}
-
+// takePipe takes a pipe from the list or makes one.
 func (s *splicer) takePipe() error {
 	if s.pipe != nil {
 		return nil
 	}
-	pipes.Lock()
-	defer pipes.Unlock()
-	if n := len(pipes.free); n > 0 {
-		s.pipe = pipes.free[n-1]
-		pipes.free = pipes.free[:n-1]
+	k := &s.src.srv.sockets
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if n := len(k.pipes); n > 0 {
+		s.pipe = k.pipes[n-1]
+		k.pipes = k.pipes[:n-1]
 		return nil
 	}
 	p := new([2]int)
@@ -329,17 +330,18 @@ func (s *splicer) takePipe() error {
 	return nil
 }
 
-// dropPipe gives an empty pipe back; one with bytes in it is closed, with them.
+// dropPipe gives an empty pipe back; one with bytes in it, or one too many, is closed. (A sync.Pool would leak descriptors.)
 func (s *splicer) dropPipe() {
 	p := s.pipe
 	if p == nil {
 		return
 	}
 	s.pipe = nil
-	pipes.Lock()
-	defer pipes.Unlock()
-	if s.held == 0 && len(pipes.free) < 64 {
-		pipes.free = append(pipes.free, p)
+	k := &s.src.srv.sockets
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if s.held == 0 && len(k.pipes) < 64 {
+		k.pipes = append(k.pipes, p)
 		return
 	}
 	unix.Close(p[0])
@@ -347,14 +349,14 @@ func (s *splicer) dropPipe() {
 }
 
 // close closes the pipes that are kept.
-func (*sockets) close() {
-	pipes.Lock()
-	defer pipes.Unlock()
-	for _, p := range pipes.free {
+func (s *sockets) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.pipes {
 		unix.Close(p[0])
 		unix.Close(p[1])
 	}
-	pipes.free = nil
+	s.pipes = nil
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
