@@ -746,6 +746,7 @@ func (c *client) serve() {
 func (c *client) end() {
 	if p := recover(); p != nil {
 		c.srv.log.process.Error("panic", logType, tokenInternal, logMessage, fmt.Sprint(p), "stack", string(debug.Stack()))
+		c.sever()
 	}
 	c.srv.watcher.remove(&c.watch)
 	c.tcp.Close()
@@ -1400,7 +1401,9 @@ func (x *exchange) parseTarget() error {
 	if x.req.hosts > 1 || x.req.hosts == 0 && x.req.minor == 1 || x.req.hosts == 1 && err != nil {
 		return fault("Host is missing, repeated or invalid")
 	}
-	if x.connect {
+	if x.connect && (x.req.chunked || x.req.length > 0) {
+		return fault("a CONNECT request with a body")
+	} else if x.connect {
 		x.auth, x.target = x.target, nil
 		return x.dst.parse(x.auth, 0)
 	}
@@ -1618,12 +1621,16 @@ type dnsAnswer struct {
 
 func newResolver(cfg *config) *resolver {
 	system := &net.Resolver{PreferGo: true} // cgo's getaddrinfo reads "0x7f.1" as an address, which policy has not judged
-	if servers := cfg.DNSServers; len(servers) > 0 {
-		var turn atomic.Uint32
-		system.Dial = func(ctx context.Context, network, _ string) (net.Conn, error) {
-			var d net.Dialer // the resolver's next try comes here again, and gets the next server
-			return d.DialContext(ctx, network, servers[int(turn.Add(1)-1)%len(servers)])
+	var turn atomic.Uint32
+	system.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if n := len(cfg.DNSServers); n > 0 { // the resolver's next try comes here again, and gets the next server
+			addr = cfg.DNSServers[int(turn.Add(1)-1)%n]
 		}
+		conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+		if err == nil { // the resolver itself would read on, for 5 s, when nobody waits any more
+			context.AfterFunc(ctx, func() { conn.Close() })
+		}
+		return conn, err
 	}
 	return &resolver{lookup: system.LookupNetIP, ttl: cfg.DNSCacheTTL, stale: cfg.DNSStale, timeout: cfg.DNSTimeout, answers: map[string]*dnsAnswer{}}
 }
@@ -2764,7 +2771,7 @@ func newLogger(cfg *config, stdout io.Writer) *logger {
 	}
 	encoder := func(w io.Writer) slog.Handler {
 		if cfg.LogFormat == "text" || cfg.LogFormat == "auto" && terminal {
-			return tint.NewHandler(w, &tint.Options{Level: cfg.LogLevel, NoColor: !terminal || os.Getenv("NO_COLOR") != ""})
+			return tint.NewTextHandler(w, &tint.Options{Level: cfg.LogLevel, NoColor: !terminal || os.Getenv("NO_COLOR") != ""})
 		}
 		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: cfg.LogLevel})
 	}

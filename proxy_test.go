@@ -4,16 +4,34 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/netip"
+	"net/textproto"
+	"net/url"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -21,11 +39,21 @@ import (
 // The tests speak to a proxy that run() started, over real sockets on loopback: raw bytes in, the bytes that the origin
 // received out. They follow the order of proxy.go's sections.
 
+var update = flag.Bool("update", false, "rewrite the README's table of variables")
+
 // patience bounds every wait of a test; what takes longer has failed.
 const patience = 5 * time.Second
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Helpers
+
+// TestMain has the runtime open its poller's descriptors before they are counted.
+func TestMain(m *testing.M) {
+	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
+		l.Close()
+	}
+	os.Exit(m.Run())
+}
 
 // logSink collects what the proxy writes to stdout.
 type logSink struct {
@@ -269,7 +297,7 @@ func (o *testOrigin) accept() *peer {
 	return newPeer(o.t, c)
 }
 
-// idle reports that no connection comes.
+// wantsNone reports that no connection comes.
 func (o *testOrigin) wantsNone() {
 	o.t.Helper()
 	o.Listener.(*net.TCPListener).SetDeadline(time.Now().Add(30 * time.Millisecond))
@@ -277,4 +305,4074 @@ func (o *testOrigin) wantsNone() {
 		c.Close()
 		o.t.Fatal("the origin was dialled")
 	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Helpers for requests and responses
+
+const (
+	date   = "Date: Tue, 15 Nov 1994 08:12:31 GMT\r\n"
+	viaOne = "Via: 1.1 sluice-test\r\n"
+
+	// The plainest exchange; {o} stands for the origin's host:port.
+	plainRequest = "GET http://{o}/ HTTP/1.1\r\nHost: {o}\r\n\r\n"
+	plainWants   = "GET / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "\r\n"
+	plainAnswer  = "HTTP/1.1 200 OK\r\n" + date + "Content-Length: 2\r\n\r\nhi"
+	plainGets    = "HTTP/1.1 200 OK\r\n" + date + viaOne + "Content-Length: 2\r\n\r\nhi"
+)
+
+// fill writes the origin's address where text says {o}.
+func (o *testOrigin) fill(text string) string { return strings.ReplaceAll(text, "{o}", o.addr) }
+
+// served lists the log lines of requests and tunnels that have ended.
+func (p *testProxy) served() (lines []string) {
+	p.log.mu.Lock()
+	text := p.log.text.String()
+	p.log.mu.Unlock()
+	for line := range strings.Lines(text) {
+		if strings.Contains(line, `"msg":"request"`) || strings.Contains(line, `"msg":"tunnel"`) {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// awaitServed waits for the record of the request or tunnel that follows the first n. A test that counts on it must have
+// awaited those of all requests before.
+func (p *testProxy) awaitServed(t *testing.T, n int) (r map[string]any) {
+	t.Helper()
+	var lines []string
+	eventually(t, "the record of a request", func() bool {
+		lines = p.served()
+		return len(lines) > n
+	})
+	if err := json.Unmarshal([]byte(lines[n]), &r); err != nil {
+		t.Fatalf("log line is not JSON: %q: %v", lines[n], err)
+	}
+	return r
+}
+
+// wantsRefusal reads an answer of the proxy's own: status, token and a one-line body that has every word.
+func (p *peer) wantsRefusal(method string, status int, token string, words ...string) *http.Response {
+	p.t.Helper()
+	resp, body := p.response(method)
+	if resp.StatusCode != status {
+		p.t.Fatalf("status %s, want %d; body %q", resp.Status, status, body)
+	}
+	if ps := resp.Header.Get("Proxy-Status"); !strings.HasPrefix(ps, "sluice-test; error="+token+"; details=\"") || !strings.HasSuffix(ps, `"`) {
+		p.t.Errorf("Proxy-Status: %s, want error=%s", ps, token)
+	}
+	if ct := resp.Header.Get("Content-Type"); !strings.HasPrefix(ct, "text/plain") {
+		p.t.Errorf("Content-Type: %s", ct)
+	}
+	if method == "HEAD" {
+		return resp
+	}
+	if !strings.HasSuffix(body, "\n") || strings.Count(body, "\n") != 1 {
+		p.t.Errorf("body %q is not one line", body)
+	}
+	for _, word := range words {
+		if !strings.Contains(body, word) {
+			p.t.Errorf("body %q does not say %q", body, word)
+		}
+	}
+	return resp
+}
+
+// wantsLogged compares a record's status and token with what the client was told.
+func wantsLogged(t *testing.T, r map[string]any, status int, token string) {
+	t.Helper()
+	if r["error.type"] != token {
+		t.Errorf("log says error.type=%v, want %s", r["error.type"], token)
+	}
+	if code, _ := r["http.response.status_code"].(float64); status != 0 && int(code) != status {
+		t.Errorf("log says status %v, want %d", code, status)
+	}
+}
+
+// wantsInSync expects the connection to be ready for another request: the proxy itself answers one at once.
+func (p *peer) wantsInSync() {
+	p.t.Helper()
+	p.send("OPTIONS http://127.0.0.1:9/ HTTP/1.1\r\nHost: 127.0.0.1:9\r\nMax-Forwards: 0\r\n\r\n")
+	if resp, body := p.response("OPTIONS"); resp.StatusCode != 200 || body != "" {
+		p.t.Fatalf("out of step: %s %q", resp.Status, body)
+	}
+}
+
+// isMessage reports whether sent begins with a whole request.
+func isMessage(sent []byte) bool {
+	req, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(sent)))
+	if err != nil {
+		return false
+	}
+	_, err = io.Copy(io.Discard, req.Body)
+	return err == nil
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Helpers for tunnels, logs and commands
+
+// sluice runs a sub-command and gives its exit status and what it printed.
+func sluice(args []string, environ ...string) (status int, stdout, stderr string) {
+	var out, errs bytes.Buffer
+	status = command(args, environ, &out, &errs)
+	return status, out.String(), errs.String()
+}
+
+// prefixed makes "NAME=value" into environment entries.
+func prefixed(vars ...string) (environ []string) {
+	for _, v := range vars {
+		environ = append(environ, "SLUICE_"+v)
+	}
+	return environ
+}
+
+// freeAddr is an address on which nobody listens. Its port is below those that kernels give to sockets that ask for any, so
+// that nobody gets it by chance a moment later.
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	for range 100 {
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+rand.IntN(20_000))); err == nil {
+			defer l.Close()
+			return l.Addr().String()
+		}
+	}
+	t.Fatal("no port is free")
+	return ""
+}
+
+// originFor is an origin for a subtest that listens until the whole test ends: no other subtest gets its port, by which
+// recordFor tells records apart.
+func originFor(t, whole *testing.T) *testOrigin {
+	o := startOrigin(whole)
+	o.t = t
+	return o
+}
+
+// occupied is an address on which another program listens.
+func occupied(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l.Addr().String()
+}
+
+// runProxy is startProxy for a stdout of which nothing can be read. stop begins the drain and waits for its end.
+func runProxy(t *testing.T, stdout io.Writer, vars ...string) (p *testProxy, stop func()) {
+	t.Helper()
+	p = &testProxy{addr: freeAddr(t), admin: freeAddr(t)}
+	environ := prefixed(append([]string{"LISTEN=" + p.addr, "ADMIN=" + p.admin, "NAME=sluice-test", "ALLOW_PORTS=*", "ALLOW_CIDRS=127.0.0.0/8",
+		"DRAIN_TIMEOUT=200ms", "TUNE=off"}, vars...)...)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- run(ctx, environ, stdout) }()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		select {
+		case err := <-ended:
+			if err != nil {
+				t.Errorf("run: %v", err)
+			}
+		case <-time.After(2 * patience):
+			t.Errorf("the proxy did not stop\n%s", stacks())
+		}
+	})
+	t.Cleanup(stop)
+	eventually(t, "the proxy to be ready", func() bool {
+		select {
+		case err := <-ended:
+			ended <- nil
+			t.Fatalf("run: %v", err)
+		default:
+		}
+		return adminStatus(p.admin, "/readyz") == 200
+	})
+	return p, stop
+}
+
+// adminStatus asks the admin listener; 0 means no answer.
+func adminStatus(admin, path string) int {
+	client := http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true}}
+	resp, err := client.Get("http://" + admin + path)
+	if err != nil {
+		return 0
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
+// ask sends a request without a body and reads the answer.
+func (p *peer) ask(method, target string, fields ...string) (*http.Response, string) {
+	p.t.Helper()
+	p.send("%s", request(method, target, fields...))
+	return p.response(method)
+}
+
+func request(method, target string, fields ...string) string {
+	host := target
+	if u, err := url.Parse(target); err == nil && u.Host != "" {
+		host = u.Host
+	}
+	return method + " " + target + " HTTP/1.1\r\nHost: " + host + "\r\n" + strings.Join(append(fields, ""), "\r\n") + "\r\n"
+}
+
+// wantsRefusal checks an answer of the proxy's own: its status, its token, a text of one line.
+func wantsRefusal(t *testing.T, resp *http.Response, body string, status int, token string) {
+	t.Helper()
+	ps := resp.Header.Get("Proxy-Status")
+	if resp.StatusCode != status || !strings.HasPrefix(ps, "sluice-test; error="+token+"; details=\"") {
+		t.Errorf("got %d, Proxy-Status %q, %q\nwant %d, %s", resp.StatusCode, ps, body, status, token)
+	}
+	if ct := resp.Header.Get("Content-Type"); !strings.HasPrefix(ct, "text/plain") {
+		t.Errorf("Content-Type %q", ct)
+	}
+	if strings.Count(body, "\n") != 1 || !strings.HasSuffix(body, "\n") {
+		t.Errorf("the body is not one line: %q", body)
+	}
+}
+
+// recordFor waits for the record of a request or tunnel to addr.
+func (p *testProxy) recordFor(t *testing.T, msg, addr string) map[string]any {
+	t.Helper()
+	var found map[string]any
+	eventually(t, fmt.Sprintf("a record with msg %q for %s", msg, addr), func() bool {
+		for _, r := range p.log.records(t) {
+			if r["msg"] == msg && fmt.Sprint(r["server.address"], ":", r["server.port"]) == addr {
+				found = r
+				return true
+			}
+		}
+		return false
+	})
+	return found
+}
+
+// wantsFields compares some fields of a record.
+func wantsFields(t *testing.T, record map[string]any, want map[string]any) {
+	t.Helper()
+	for name, value := range want {
+		if got, ok := record[name]; !ok || got != value {
+			t.Errorf("%s: got %#v, want %#v", name, got, value)
+		}
+	}
+	if t.Failed() {
+		t.Logf("record: %v", record)
+	}
+}
+
+// text is everything that was logged.
+func (l *logSink) all() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// serveAt answers requests on addr with the address itself, or with handler.
+func serveAt(t *testing.T, addr string, handler http.HandlerFunc) string {
+	t.Helper()
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if handler == nil {
+		handler = func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, l.Addr().String()) }
+	}
+	s := &httptest.Server{Listener: l, Config: &http.Server{Handler: handler}}
+	s.Start()
+	t.Cleanup(s.Close)
+	return l.Addr().String()
+}
+
+// openTunnel connects a client to an origin.
+func (p *testProxy) openTunnel(t *testing.T, o *testOrigin) (client, origin *peer) {
+	t.Helper()
+	client = p.dial(t)
+	client.send("CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", o.addr, o.addr)
+	origin = o.accept()
+	if head := client.head(); !strings.HasPrefix(head, "HTTP/1.1 200 ") {
+		t.Fatalf("CONNECT: %q", head)
+	}
+	return client, origin
+}
+
+// all reads up to the end of the sending side.
+func (p *peer) all() []byte {
+	p.t.Helper()
+	b, err := io.ReadAll(p.br)
+	if err != nil {
+		p.t.Fatalf("read: %v after %d bytes", err, len(b))
+	}
+	return b
+}
+
+// noise is n bytes that do not repeat.
+func noise(n int, seed byte) []byte {
+	b := make([]byte, n)
+	rand.NewChaCha8([32]byte{seed}).Read(b)
+	return b
+}
+
+// sending writes data from a goroutine; the channel says how that went.
+func (p *peer) sending(data []byte, closeWrite bool) <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		_, err := p.Write(data)
+		if err == nil && closeWrite {
+			err = p.CloseWrite()
+		}
+		done <- err
+	}()
+	return done
+}
+
+// sameBytes compares long byte strings.
+func sameBytes(t *testing.T, what string, got, want []byte) {
+	t.Helper()
+	if bytes.Equal(got, want) {
+		return
+	}
+	i := 0
+	for i < len(got) && i < len(want) && got[i] == want[i] {
+		i++
+	}
+	t.Errorf("%s: %d bytes, want %d; they differ from byte %d", what, len(got), len(want), i)
+}
+
+// openPipes counts this process's descriptors of pipes.
+func openPipes() (n int) {
+	entries, _ := os.ReadDir("/proc/self/fd")
+	for _, e := range entries {
+		if target, _ := os.Readlink("/proc/self/fd/" + e.Name()); strings.HasPrefix(target, "pipe:") {
+			n++
+		}
+	}
+	return n
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The code itself
+
+// TestTidy holds the code to its limits: functions of at most 70 lines, no init, at most five package variables, no function
+// literal as a goroutine, since a stack dump should name it, and a proxy.go that can be read in one sitting.
+func TestTidy(t *testing.T) {
+	fset := token.NewFileSet()
+	variables := 0
+	for _, name := range []string{"proxy.go", "tune_linux.go", "tune_other.go"} {
+		file, err := parser.ParseFile(fset, name, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if lines := fset.Position(file.End()).Line; lines >= 3000 {
+			t.Errorf("%s has %d lines", name, lines)
+		}
+		ast.Inspect(file, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.FuncDecl:
+				if lines := fset.Position(n.End()).Line - fset.Position(n.Pos()).Line + 1; lines > 70 {
+					t.Errorf("%s: %s has %d lines", name, n.Name.Name, lines)
+				}
+				if n.Name.Name == "init" && n.Recv == nil {
+					t.Errorf("%s: init", name)
+				}
+			case *ast.GoStmt:
+				if _, ok := n.Call.Fun.(*ast.FuncLit); ok {
+					t.Errorf("%s: a goroutine without a name", fset.Position(n.Pos()))
+				}
+			}
+			return true
+		})
+		for _, d := range file.Decls {
+			if d, ok := d.(*ast.GenDecl); ok && d.Tok == token.VAR {
+				for _, s := range d.Specs {
+					variables += len(s.(*ast.ValueSpec).Names)
+				}
+			}
+		}
+	}
+	if variables > 5 {
+		t.Errorf("%d package variables", variables)
+	}
+}
+
+// TestReadme compares the README's table of variables with the config struct; -update rewrites it.
+func TestReadme(t *testing.T) {
+	const begin, end = "<!-- variables: begin -->\n", "<!-- variables: end -->\n"
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	front, rest, ok1 := strings.Cut(string(text), begin)
+	_, back, ok2 := strings.Cut(rest, end)
+	if !ok1 || !ok2 {
+		t.Fatal("README.md has no table of variables")
+	}
+	table := "| variable | default | meaning |\n|---|---|---|\n"
+	for _, v := range variables() {
+		if v.doc == "" || v.name == "" {
+			t.Errorf("field %s has no meaning or no name", v.field)
+		}
+		def := "`" + v.def + "`"
+		if v.def == "" {
+			def = ""
+		}
+		table += fmt.Sprintf("| `%s%s` | %s | %s |\n", envPrefix, v.name, def, v.doc)
+	}
+	want := front + begin + table + end + back
+	if want == string(text) {
+		return
+	}
+	if !*update {
+		t.Fatal("the README's table of variables differs from the config struct: go test -run TestReadme -update")
+	}
+	if err := os.WriteFile("README.md", []byte(want), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Configuration
+
+// wantsFault checks that a report has a line that names a variable and its value, and gives a reason as well.
+func wantsFault(t *testing.T, report, name, value string) {
+	t.Helper()
+	for line := range strings.Lines(report) {
+		if strings.Contains(line, "SLUICE_"+name) && strings.Contains(line, value) && len(line) > len("SLUICE_"+name+value)+12 {
+			return
+		}
+	}
+	t.Errorf("no line names SLUICE_%s, %q and a reason:\n%s", name, value, report)
+}
+
+func TestBadValues(t *testing.T) {
+	for name, values := range map[string][]string{
+		"LISTEN":              {"proxy.test:3128", "127.0.0.1", ":99999", "127.0.0.1:x", "127.0.0.1:3128,nowhere", ","},
+		"LISTENERS":           {"-1", "two", "1.5"},
+		"ADMIN":               {"nowhere", "127.0.0.1", "127.0.0.1:99999", "on"},
+		"NAME":                {"two words", "a,b", `"quoted"`, "naïve"},
+		"ALLOW_CLIENTS":       {"everybody", "10.0.0.0/33", "loopback,10.0.0"},
+		"ALLOW_PORTS":         {"0", "65536", "http", "80-", "-80", "90-80", "80,x", "+80"},
+		"ALLOW_CIDRS":         {"10.0.0.0/33", "10.0.0", "fe80::1%eth0", "example.com", "10.0.0.1,bad"},
+		"ALLOW_PRIVATE_HOSTS": {"a..b", "app.test:0", "app.test:99999", "app.test:http", "*.*.test", "app.*", "http://app.test", "*", "a b/c", "10.0.0.0/64", "-:"},
+		"MAX_HEADER":          {"-1", "many", "10XB", "KiB", "NaN", "64 KiBs", "1", "99999TB", "1e400"},
+		"MAX_REQUEST_BODY":    {"-1", "lots", "NaN", "Inf", "99999999999TB", "10 M B"},
+		"HEADER_TIMEOUT":      {"-1s", "10", "soon", "1s1", "1 s"},
+		"TUNNEL_MAX_AGE":      {"-1ns", "1d", "9999999999h"},
+		"DNS_STALE":           {"-5m", "five"},
+		"DNS_SERVERS":         {"10.0.0.2", "dns.test:53", "10.0.0.2:0", "10.0.0.2:99999"},
+		"POOL_IDLE":           {"-1", "1k", "99999999999999999999"},
+		"LOG_LEVEL":           {"loud", "7", "warning"},
+		"LOG_FORMAT":          {"xml", "JSON5"},
+		"LOG_SAMPLE":          {"info", "info=", "info=2", "info=-0.1", "loud=0.5", "info=NaN", "info=0.5,debug", "=1"},
+		"LOG_BUFFER":          {"0", "-1", "big"},
+		"LOG_QUERY":           {"maybe", "2"},
+		"TUNE":                {"please", "on"},
+		"NOFILE":              {"-1", "unlimited"},
+	} {
+		for _, value := range values {
+			t.Run(name+"="+value, func(t *testing.T) {
+				status, stdout, stderr := sluice([]string{"env"}, "SLUICE_"+name+"="+value)
+				if status != 2 || stdout != "" {
+					t.Errorf("status %d, stdout %q", status, stdout)
+				}
+				wanted := value // or the item that is at fault, which is the last one of a list
+				if i := strings.LastIndexByte(value, ','); i >= 0 && name != "NAME" {
+					wanted = value[i+1:]
+				}
+				if strings.ContainsAny(wanted, `"ï `) { // may be quoted, or be a list of two
+					wanted = ""
+				}
+				wantsFault(t, stderr, name, wanted)
+			})
+		}
+	}
+}
+
+func TestGoodValues(t *testing.T) {
+	for name, values := range map[string][]string{
+		"LISTEN":              {":3128", "[::1]:3128", "127.0.0.1:3128,[::1]:3129", "0.0.0.0:0", "localhost:3128"},
+		"ADMIN":               {"off", ":3129", "[::1]:0"},
+		"NAME":                {"edge-1.example", "a_b~c"},
+		"ALLOW_CLIENTS":       {"all", "loopback", "private,10.9.0.0/16,192.0.2.1,2001:db8::/32"},
+		"ALLOW_PORTS":         {"*", "443", "80,443,8000-8099", "1-65535", "80, 443"},
+		"ALLOW_CIDRS":         {"10.0.0.0/8", "127.0.0.1,::1", "10.1.2.3/8"},
+		"ALLOW_PRIVATE_HOSTS": {"app", "app.test,*.app.test,.db.test:5432", "10.0.0.0/8", "10.0.0.1:80", "[fd00::1]:443", "fd00::/8", "my_app", "App.Test."},
+		"MAX_HEADER":          {"64KiB", "65536", "16MiB", "100KB", "64kib", "65536B"},
+		"MAX_RESPONSE_BODY":   {"0", "10MB", "1GiB", "1TB"},
+		"IDLE_TIMEOUT":        {"0", "1h30m", "500ms", "1.5s"},
+		"DNS_SERVERS":         {"10.0.0.2:53", "10.0.0.2:53,[fd00::2]:53"},
+		"POOL_IDLE":           {"0", "5"},
+		"LOG_LEVEL":           {"debug", "info", "warn", "error", "WARN"},
+		"LOG_FORMAT":          {"json", "text", "auto"},
+		"LOG_SAMPLE":          {"info=0", "debug=0.01,info=0.1", "error=1"},
+		"LOG_QUERY":           {"true", "false", "1"},
+		"TUNE":                {"check", "apply", "off"},
+	} {
+		for _, value := range values {
+			t.Run(name+"="+value, func(t *testing.T) {
+				status, stdout, stderr := sluice([]string{"env"}, "SLUICE_"+name+"="+value)
+				if status != 0 || stderr != "" {
+					t.Errorf("status %d, stderr %q", status, stderr)
+				}
+				if row := envRow(stdout, name); !strings.Contains(row, value) || !strings.Contains(row, "environment") {
+					t.Errorf("row %q", row)
+				}
+			})
+		}
+	}
+}
+
+// envRow is the line of `sluice env` for a variable.
+func envRow(stdout, name string) string {
+	for line := range strings.Lines(stdout) {
+		if strings.HasPrefix(line, "SLUICE_"+name+" ") {
+			return line
+		}
+	}
+	return ""
+}
+
+func TestFaultsAreReportedTogether(t *testing.T) {
+	listen := freeAddr(t)
+	var log logSink
+	files := countFiles()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	err := run(ctx, prefixed("LISTEN="+listen, "ADMIN="+freeAddr(t), "MAX_HEADER=much", "IDLE_TIMEOUT=10", "POOL_IDLE=-4", "LOG_FORMAT=xml", "LISTNE=:1",
+		"DNS_STALE_FILE=/does/not/exist", "ALLOW_PRIVATE_HOSTS=good.test,b@d", "PASSWORD=topsecret", "USERS=ann:topsecret"), &log)
+	if err == nil {
+		t.Fatal("run took a bad environment")
+	}
+	var report bytes.Buffer
+	if status := exitStatus(err, &report); status != 2 {
+		t.Errorf("exit status %d", status)
+	}
+	for name, value := range map[string]string{"MAX_HEADER": "much", "IDLE_TIMEOUT": "10", "POOL_IDLE": "-4", "LOG_FORMAT": "xml", "LISTNE": "SLUICE_LISTEN",
+		"DNS_STALE_FILE": "/does/not/exist", "ALLOW_PRIVATE_HOSTS": "b@d", "PASSWORD": ""} {
+		wantsFault(t, report.String(), name, value)
+	}
+	if strings.Contains(report.String(), "topsecret") {
+		t.Errorf("the report has a secret:\n%s", report.String())
+	}
+	if c, err := net.Dial("tcp", listen); err == nil {
+		c.Close()
+		t.Error("it listens all the same")
+	}
+	if n := countFiles(); n > files || log.all() != "" {
+		t.Errorf("%d descriptors, %d before; log %q", n, files, log.all())
+	}
+	// The environment is judged before the address is touched: it is not the address in use that is complained about.
+	if err := run(ctx, prefixed("LISTEN="+occupied(t), "TUNE=never"), io.Discard); err == nil || exitStatus(err, io.Discard) != 2 {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestUnknownVariables(t *testing.T) {
+	for unknown, nearest := range map[string]string{"LISTNE": "LISTEN", "LOGLEVEL": "LOG_LEVEL", "DNS_SERVER": "DNS_SERVERS", "DRAIN_TIMEOUTS": "DRAIN_TIMEOUT",
+		"ALLOW_PORT": "ALLOW_PORTS", "PORTS": "", "SERVICE": "", "listen": ""} {
+		status, _, stderr := sluice([]string{"env"}, "SLUICE_"+unknown+"=value")
+		if status != 2 {
+			t.Errorf("%s: status %d", unknown, status)
+		}
+		wantsFault(t, stderr, unknown, "SLUICE_"+nearest)
+	}
+	links := prefixed("SERVICE_HOST=10.0.0.1", "SERVICE_PORT=3128", "SERVICE_PORT_HTTP=3128", "SERVICE_PORT_HTTPS_ALT=1", "PORT=tcp://10.0.0.1:3128",
+		"PORT_3128_TCP=tcp://10.0.0.1:3128", "PORT_3128_TCP_ADDR=10.0.0.1", "PORT_3128_TCP_PORT=3128", "PORT_3128_TCP_PROTO=tcp")
+	if status, _, stderr := sluice([]string{"env"}, links...); status != 0 {
+		t.Errorf("service links: status %d: %s", status, stderr)
+	}
+	if status, _, stderr := sluice([]string{"env"}, "SLUICEGATE=1", "HTTP_PROXY=http://127.0.0.1:1", "PATH=/bin", "NOVALUE"); status != 0 {
+		t.Errorf("other programs' variables: status %d: %s", status, stderr)
+	}
+}
+
+func TestValuesFromFiles(t *testing.T) {
+	file := func(text string) string {
+		path := filepath.Join(t.TempDir(), "value")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	good, bad, missing := file("7m\n"), file("soon\n"), filepath.Join(t.TempDir(), "missing")
+	for _, c := range []struct {
+		name    string
+		environ []string
+		status  int
+		want    []string // in the row of DNS_STALE, or in a line of the report
+	}{
+		{"from a file", []string{"DNS_STALE_FILE=" + good}, 0, []string{"7m", good}},
+		{"empty beside a file", []string{"DNS_STALE=", "DNS_STALE_FILE=" + good}, 0, []string{"7m", good}},
+		{"empty counts as unset", []string{"DNS_STALE="}, 0, []string{"5m", "default"}},
+		{"empty path counts as unset", []string{"DNS_STALE=9m", "DNS_STALE_FILE="}, 0, []string{"9m", "environment"}},
+		{"no such file", []string{"DNS_STALE_FILE=" + missing}, 2, []string{"SLUICE_DNS_STALE_FILE", missing, "no such file"}},
+		{"a directory", []string{"DNS_STALE_FILE=" + filepath.Dir(missing)}, 2, []string{"SLUICE_DNS_STALE_FILE"}},
+		{"both", []string{"DNS_STALE=9m", "DNS_STALE_FILE=" + good}, 2, []string{"SLUICE_DNS_STALE", "SLUICE_DNS_STALE_FILE", "twice"}},
+		{"bad text in it", []string{"DNS_STALE_FILE=" + bad}, 2, []string{"SLUICE_DNS_STALE", "soon"}},
+		{"an unknown variable's file", []string{"DNS_STAIL_FILE=" + good}, 2, []string{"SLUICE_DNS_STAIL_FILE", "SLUICE_DNS_STALE"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			status, stdout, stderr := sluice([]string{"env"}, prefixed(c.environ...)...)
+			if status != c.status {
+				t.Errorf("status %d: %s", status, stderr)
+			}
+			row := envRow(stdout, "DNS_STALE")
+			if c.status != 0 {
+				row = stderr
+			}
+			for _, want := range c.want {
+				if !strings.Contains(row, want) {
+					t.Errorf("no %q in %q", want, row)
+				}
+			}
+		})
+	}
+}
+
+func TestCommands(t *testing.T) {
+	t.Run("env", func(t *testing.T) {
+		host, _ := os.Hostname()
+		status, stdout, _ := sluice([]string{"env"})
+		if status != 0 {
+			t.Errorf("status %d", status)
+		}
+		for name, def := range map[string]string{"LISTEN": "127.0.0.1:3128", "LISTENERS": "0", "ADMIN": "127.0.0.1:3129", "NAME": host, "ALLOW_CLIENTS": "loopback,private",
+			"ALLOW_PORTS": "80,443", "ALLOW_PRIVATE_HOSTS": "", "ALLOW_CIDRS": "", "MAX_HEADER": "64KiB", "MAX_REQUEST_BODY": "0", "MAX_RESPONSE_BODY": "0",
+			"HEADER_TIMEOUT": "10s", "IDLE_TIMEOUT": "75s", "DIAL_TIMEOUT": "10s", "RESPONSE_TIMEOUT": "60s", "BODY_TIMEOUT": "60s", "TUNNEL_IDLE_TIMEOUT": "10m",
+			"TUNNEL_HALF_CLOSE_TIMEOUT": "30s", "TUNNEL_MAX_AGE": "0", "DRAIN_TIMEOUT": "8s", "POOL_IDLE": "1024", "POOL_IDLE_PER_HOST": "128",
+			"POOL_IDLE_TIMEOUT": "30s", "DNS_CACHE_TTL": "5s", "DNS_STALE": "5m", "DNS_TIMEOUT": "5s", "DNS_SERVERS": "", "LOG_LEVEL": "info", "LOG_FORMAT": "auto",
+			"LOG_SAMPLE": "", "LOG_BUFFER": "8192", "LOG_QUERY": "false", "TUNE": "check", "NOFILE": "0"} {
+			row := envRow(stdout, name)
+			if cells := strings.Fields(row); len(cells) < 4 || !strings.Contains(row, " "+def+" ") || name != "NAME" && !strings.Contains(row, "default") {
+				t.Errorf("%s: row %q", name, row)
+			}
+		}
+	})
+	t.Run("version", func(t *testing.T) {
+		if status, stdout, _ := sluice([]string{"version"}); status != 0 || !strings.HasPrefix(stdout, "sluice ") || strings.Count(stdout, "\n") != 1 {
+			t.Errorf("status %d, %q", status, stdout)
+		}
+	})
+	t.Run("unknown", func(t *testing.T) {
+		for _, name := range []string{"serve", "--help", "-v", ""} {
+			if status, stdout, stderr := sluice([]string{name}); status != 2 || stdout != "" || !strings.Contains(stderr, "health") {
+				t.Errorf("%q: status %d, stdout %q, stderr %q", name, status, stdout, stderr)
+			}
+		}
+	})
+	t.Run("health", func(t *testing.T) {
+		p := startProxy(t)
+		for _, c := range []struct {
+			environ string
+			status  int
+		}{{"ADMIN=" + p.admin, 0}, {"ADMIN=" + freeAddr(t), 1}, {"ADMIN=off", 1}, {"ADMIN=nonsense", 1}, {"ADMIN=" + strings.Replace(p.admin, "127.0.0.1", "0.0.0.0", 1), 0},
+			{"ADMIN=" + strings.TrimPrefix(p.admin, "127.0.0.1"), 0}} {
+			// A proxy in the environment is not to be asked: it may be the one that is asked about.
+			t.Setenv("HTTP_PROXY", "http://127.0.0.1:1")
+			if status, _, stderr := sluice([]string{"health"}, "SLUICE_"+c.environ); status != c.status || status != 0 && stderr == "" {
+				t.Errorf("%s: status %d, want %d: %q", c.environ, status, c.status, stderr)
+			}
+		}
+	})
+}
+
+// Sizes are in powers of 2 or of 10, and they are what is enforced.
+func TestSizesAreMeant(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		n, _ := strconv.Atoi(r.URL.Path[1:])
+		w.Header().Set("Content-Length", strconv.Itoa(n))
+		w.Write(make([]byte, n))
+	})
+	p := startProxy(t, "MAX_REQUEST_BODY=1KiB", "MAX_RESPONSE_BODY=1KB")
+	for _, c := range []struct {
+		up, down, status int
+		token            string
+	}{{1024, 0, 200, ""}, {1025, 0, 413, "http_request_error"}, {0, 1000, 200, ""}, {0, 1001, 502, "http_response_body_size"}} {
+		client := p.dial(t)
+		client.send("POST http://%s/%d HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n\r\n%s", origin, c.down, origin, c.up, strings.Repeat("x", c.up))
+		resp, body := client.response("POST")
+		if c.token != "" {
+			wantsRefusal(t, resp, body, c.status, c.token)
+		} else if resp.StatusCode != c.status || len(body) != c.down {
+			t.Errorf("%+v: got %d with %d bytes", c, resp.StatusCode, len(body))
+		}
+	}
+}
+
+// A limit that is as good as none must not be too large for the kernel.
+func TestLongTimeouts(t *testing.T) {
+	for _, idle := range []string{"0", "720h", "1200h", "100000h"} {
+		t.Run(idle, func(t *testing.T) {
+			o := startOrigin(t)
+			p, _ := runProxy(t, io.Discard, "TUNNEL_IDLE_TIMEOUT="+idle, "IDLE_TIMEOUT="+idle, "BODY_TIMEOUT="+idle, "DIAL_TIMEOUT="+idle)
+			c, up := p.openTunnel(t, o)
+			c.send("ping")
+			up.wants("ping")
+		})
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Listeners
+
+// listening counts the sockets that listen on a port of 127.0.0.1.
+func listening(t *testing.T, addr string) (n int) {
+	t.Helper()
+	table, err := os.ReadFile("/proc/net/tcp")
+	if err != nil {
+		t.Skip(err)
+	}
+	ap := netip.MustParseAddrPort(addr)
+	for line := range strings.Lines(string(table)) {
+		if f := strings.Fields(line); len(f) > 3 && f[3] == "0A" && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", ap.Port())) {
+			n++
+		}
+	}
+	return n
+}
+
+func TestListeners(t *testing.T) {
+	second := freeAddr(t)
+	p := startProxy(t, "LISTENERS=3", "LISTEN=127.0.0.1:0,"+second)
+	start := p.log.await(t, "listening", 1)
+	if start["listeners"] != 6.0 || len(start["addresses"].([]any)) != 2 {
+		t.Errorf("start record: %v", start)
+	}
+	for _, addr := range []string{p.addr, second} {
+		if n := listening(t, addr); n != 3 {
+			t.Errorf("%d sockets listen on %s, want 3", n, addr)
+		}
+		for range 10 { // whichever socket the kernel picks
+			c := (&testProxy{addr: addr}).dial(t)
+			if resp, _ := c.ask("OPTIONS", "http://any.test", "Max-Forwards: 0"); resp.StatusCode != 200 {
+				t.Errorf("status %d", resp.StatusCode)
+			}
+		}
+	}
+	if n := listening(t, p.admin); n != 1 {
+		t.Errorf("%d sockets listen on %s, want 1", n, p.admin)
+	}
+}
+
+func TestAddressInUse(t *testing.T) {
+	taken := occupied(t)
+	for _, vars := range [][]string{{"LISTEN=" + taken}, {"LISTEN=127.0.0.1:0," + taken}, {"LISTEN=127.0.0.1:0", "ADMIN=" + taken}} {
+		files := countFiles()
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		err := run(ctx, prefixed(append(vars, "TUNE=off", "LISTENERS=2")...), io.Discard)
+		cancel()
+		if err == nil || !strings.Contains(err.Error(), taken) || exitStatus(err, io.Discard) != 1 {
+			t.Errorf("%v: %v", vars, err)
+		}
+		eventually(t, "its descriptors to be closed", func() bool { return countFiles() <= files })
+	}
+}
+
+func TestClientAddressNotAllowed(t *testing.T) {
+	p := startProxy(t, "ALLOW_CLIENTS=10.0.0.0/8,::1")
+	c := p.dial(t)
+	resp, body := c.response("GET") // nothing was sent
+	wantsRefusal(t, resp, body, 403, "http_request_denied")
+	if !resp.Close || !strings.Contains(body, "SLUICE_ALLOW_CLIENTS") {
+		t.Errorf("%v %q", resp.Header, body)
+	}
+	c.wantsEnd()
+	wantsFields(t, p.log.await(t, "request", 1), map[string]any{"level": "WARN", "client.address": "127.0.0.1", "error.type": "http_request_denied",
+		"http.response.status_code": 403.0})
+	c = p.dial(t)
+	c.send("GET http://%s/ HTTP/1.1\r\nHost: %s\r\n\r\n", p.addr, p.addr) // does not reset the answer
+	resp, body = c.response("GET")
+	wantsRefusal(t, resp, body, 403, "http_request_denied")
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Requests that are refused
+
+// malformed lists requests that must be refused, by what is wrong.
+func malformed() map[string][]string {
+	const line, host = "GET http://{o}/ HTTP/1.1\r\n", "Host: {o}\r\n"
+	cases := map[string][]string{
+		"line": {
+			"GET http://{o}/ HTTP/2.0\r\n" + host, "GET http://{o}/ HTTP/0.9\r\n" + host, "GET http://{o}/ HTTP/3.0\r\n" + host,
+			"GET http://{o}/ HTTP/1.10\r\n" + host, "GET http://{o}/ HTTP/1.\r\n" + host, "GET http://{o}/ http/1.1\r\n" + host,
+			"GET http://{o}/ HTTP/1,1\r\n" + host, "GET http://{o}/\r\n" + host, "GET http://{o}/ \r\n" + host, "GET\r\n" + host,
+			"GET HTTP/1.1\r\n" + host, "GET  HTTP/1.1\r\n" + host, "GET  http://{o}/ HTTP/1.1\r\n" + host,
+			"GET http://{o}/  HTTP/1.1\r\n" + host, "GET http://{o}/ HTTP/1.1 \r\n" + host, " GET http://{o}/ HTTP/1.1\r\n" + host,
+			"GET\thttp://{o}/ HTTP/1.1\r\n" + host, "GET http://{o}/\tHTTP/1.1\r\n" + host, "GET http://{o}/ a HTTP/1.1\r\n" + host,
+			"GET http://{o}/ HTTP/1.1\n" + host, "\nGET http://{o}/ HTTP/1.1\r\n" + host, "\rGET http://{o}/ HTTP/1.1\r\n" + host,
+			"GET http://{o}/ HTTP/1.1\r\r\n" + host, "GET http://{o}/\r HTTP/1.1\r\n" + host, "GET http://{o}/ HTTP\r/1.1\r\n" + host,
+		},
+		"method": {
+			"G(T http://{o}/ HTTP/1.1\r\n" + host, "G\x00T http://{o}/ HTTP/1.1\r\n" + host, "G\xe9T http://{o}/ HTTP/1.1\r\n" + host,
+			"GET, http://{o}/ HTTP/1.1\r\n" + host, "G\rT http://{o}/ HTTP/1.1\r\n" + host, "\"GET\" http://{o}/ HTTP/1.1\r\n" + host,
+		},
+		"line end": {
+			line + "Host: {o}\nA: b\r\n", line + host + "A: b\nC: d\r\n", line + host + "A: b\n", line + host + "A: b\rC: d\r\n",
+			line + host + "A: b\r\r\n", line + host + "\rA: b\r\n", line + host + "A\r: b\r\n", line + host + "A:\r b\r\n", line + host + "\r",
+		},
+		"fold": {
+			line + host + "A: b\r\n c\r\n", line + host + "A: b\r\n\tc\r\n", line + " A: b\r\n" + host, line + "\tHost: {o}\r\n",
+			line + host + "A: b\r\n \r\n", line + host + "Transfer-Encoding:\r\n chunked\r\n",
+		},
+	}
+	for _, f := range []string{"A : b", "A\t: b", "Host : {o}", "Content-Length : 5", "Transfer-Encoding : chunked"} {
+		cases["space before colon"] = append(cases["space before colon"], line+host+f+"\r\n")
+	}
+	for _, f := range []string{": b", ":", "A", "A b: c", "A\x00: b", "A\x7f: b", "A\xe9: b", "(A): b", "A/B: c", "A@B: c", "{A}: b", "A;: b", "A\"B: c"} {
+		cases["field name"] = append(cases["field name"], line+host+f+"\r\n")
+	}
+	for _, f := range []string{"A: b\x00", "A: \x00", "A: b\x01c", "A: b\x0bc", "A: b\x0cc", "A: b\x7f", "A: b\x1b[0m", "Host: {o}\x00"} {
+		cases["field value"] = append(cases["field value"], line+host+f+"\r\n")
+	}
+	for _, n := range []string{"+5", "-5", "-0", "", " ", "0x5", "5 5", "5,5", "5, 5", "5,6", "5;", "5.0", "1e1", "five", "\"5\"", "5\t5",
+		"9223372036854775808", "18446744073709551615", "18446744073709551616", "18446744073709551621", "99999999999999999999999999", "\xd9\xa5"} {
+		cases["Content-Length"] = append(cases["Content-Length"], "POST http://{o}/ HTTP/1.1\r\n"+host+"Content-Length: "+n+"\r\n\r\nhello")
+	}
+	for _, f := range []string{
+		"Content-Length: 5\r\nContent-Length: 6", "Content-Length: 0\r\nContent-Length: 5", "Content-Length: 5\r\nA: b\r\ncontent-length: 50",
+		"Content-Length: 5\r\nContent-Length:", "Content-Length: 5\r\nContent-Length: +5",
+		"Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 5", "Transfer-Encoding: chunked\r\nContent-Length: 0",
+		"Transfer-Encoding: chunked\r\nContent-Length: 5\r\nConnection: Content-Length", "Content-Length: 5\r\nTransfer-Encoding: identity",
+		"Transfer-Encoding: gzip", "Transfer-Encoding: gzip, chunked", "Transfer-Encoding: chunked, gzip", "Transfer-Encoding: identity",
+		"Transfer-Encoding: chunked, chunked", "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", "Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked",
+		"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", "Transfer-Encoding: xchunked", "Transfer-Encoding: chunkedx",
+		"Transfer-Encoding: chunked;a=b", "Transfer-Encoding: \"chunked\"", "Transfer-Encoding:", "Transfer-Encoding: \x0bchunked",
+		"Transfer-Encoding: chunked\x00", "Transfer-Encoding: chun ked", "Transfer-Encoding\x00: chunked",
+	} {
+		cases["framing"] = append(cases["framing"], "POST http://{o}/ HTTP/1.1\r\n"+host+f+"\r\n\r\n0\r\n\r\n")
+	}
+	cases["framing"] = append(cases["framing"], "POST http://{o}/ HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+	for _, h := range []string{"", "Host: {o}\r\nHost: {o}\r\n", "Host: {o}\r\nhost: other.example\r\n", "Host:\r\n", "Host: a b\r\n", "Host: a/b\r\n",
+		"Host: u@{o}\r\n", "Host: {o},{o}\r\n", "Host: a:0\r\n", "Host: a:65536\r\n", "Host: a:b\r\n", "Host: a:80:80\r\n", "Host: http://{o}/\r\n",
+		"Host: [::1\r\n", "Host: a#b\r\n", "Host: a?b\r\n", "Host: a%41\r\n", "Host: \xe9.example\r\n"} {
+		cases["Host"] = append(cases["Host"], line+h)
+	}
+	cases["Host"] = append(cases["Host"], "GET http://{o}/ HTTP/1.0\r\nHost: {o}\r\nHost: {o}\r\n", "GET http://{o}/ HTTP/1.0\r\nHost: a b\r\n")
+	for _, target := range malformedTargets() {
+		cases["target"] = append(cases["target"], "GET "+target+" HTTP/1.1\r\n"+host)
+	}
+	return cases
+}
+
+// malformedTargets lists request-targets that must be refused.
+func malformedTargets() []string {
+	targets := []string{"/", "/path", "*", "", "{o}", "http", "http:", "http:/", "http://", "http:///", "http:///{o}/", "http:{o}/", "http:/{o}/", "//{o}/",
+		"https://{o}/", "HTTPS://{o}/", "ftp://{o}/", "ws://{o}/", "file:///etc/passwd", "http+unix://{o}/", "\\\\{o}\\", "http:\\\\{o}\\",
+		"http://{o}/#f", "http://{o}#f", "http://{o}/?q#f", "http://u@{o}/", "http://u:p@{o}/", "http://@{o}/", "http://:@{o}/", "http://u%40@{o}/",
+		"http://{o}/\x00", "http://{o}/\x7f", "http://{o}/\xe9", "http://{o}/\x01", "http://{o}\\@a.example/", "http://{o}%2f/", "http://{o}%00/",
+		"http://127.0.0.1:0/", "http://127.0.0.1:65536/", "http://127.0.0.1:/", "http://127.0.0.1:-1/", "http://127.0.0.1:+80/", "http://127.0.0.1:80a/",
+		"http://127.0.0.1:0x50/", "http://127.0.0.1:4294967376/", "http://127.0.0.1:18446744073709551696/", "http://127.0.0.1:80:80/", "http://127.0.0.1:%38%30/",
+		"http://a..b/", "http://.a/", "http://./", "http://../", "http://a../", "http://" + strings.Repeat("a", 64) + ".example/",
+		"http://" + strings.Repeat("a.", 127) + "a/", "http://" + strings.Repeat("a.", 126) + "aa/", "http://a_b!c/", "http://a,b/", "http://a*b/", "http://a'b/", "http://a&b/",
+		"http://(a)/", "http://<a>/", "http://a\"b/", "http://{a}/", "http://a|b/", "http://a^b/", "http://a`b/", "http://a~b/", "http://a=b/", "http://a$b/", "http://a+b/", "http://a;b/",
+	}
+	port := ":9"
+	for _, h := range []string{"0x7f.1", "0x7f000001", "0X7F.0.0.1", "0x7f.0x0.0x0.0x1", "2130706433", "127.1", "127.0.1", "0177.0.0.1", "127.0.0.01", "0127.0.0.1", "017700000001",
+		"127.0.0.0x1", "a.0x1", "a.0x", "127.0.0.256", "256.0.0.1", "1.2.3.4.5", "1.2.3", "a.example.1", "1", "0", "127.0.0.1..", "127..0.1", ".127.0.0.1",
+		"%31%32%37.0.0.1", "127.0.0.1%00", "127%2e0.0.1", "l%6fcalhost", "localhost%2e", "localhost%20", "[127.0.0.1]", "[::1", "::1", "::1]", "[]", "[:]", "[::1]a", "a[::1]",
+		"[::1%25lo]", "[::1%lo]", "[fe80::1%25eth0]", "[fe80::1%1]", "[::g]", "[1:2:3:4:5:6:7:8:9]", "[::1::]", "[v1.a]", "[::127.0.0.256]", "[::1].", "[localhost]", "\xe2\x91\xa0.0.0.1"} {
+		targets = append(targets, "http://"+h+port+"/")
+	}
+	return targets
+}
+
+// TestMalformedRequests sends requests that break a rule, each with a good one behind it, which must never be read.
+func TestMalformedRequests(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	for kind, requests := range malformed() {
+		for _, request := range requests {
+			t.Run(kind, func(t *testing.T) {
+				if !strings.Contains(request, "\r\n\r\n") {
+					request += "\r\n"
+				}
+				defer func() {
+					if t.Failed() {
+						t.Logf("after %.200q", request)
+					}
+				}()
+				n, c := len(p.served()), p.dial(t)
+				c.send("%s", o.fill(request+plainRequest))
+				if resp := c.wantsRefusal("GET", 400, "http_request_error"); !resp.Close {
+					t.Error("no Connection: close")
+				}
+				c.wantsEnd()
+				r := p.awaitServed(t, n)
+				wantsLogged(t, r, 400, "http_request_error")
+				if r["network.peer.address"] != nil {
+					t.Errorf("dialled %v", r["network.peer.address"])
+				}
+			})
+		}
+	}
+	o.wantsNone()
+	if got := len(p.served()); got < 200 {
+		t.Errorf("%d records", got)
+	}
+}
+
+// TestNotHTTP speaks other protocols, of which no line may ever end.
+func TestNotHTTP(t *testing.T) {
+	p := startProxy(t)
+	for name, hello := range map[string]string{"TLS": "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "SOCKS5": "\x05\x01\x00", "SOCKS4": "\x04\x01\x00\x50\x7f\x00\x00\x01\x00",
+		"h2c": "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "PROXY": "PROXY TCP4 127.0.0.1 127.0.0.1 1 2\r\n\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			c := p.dial(t)
+			c.send("%s", hello)
+			c.wantsRefusal("GET", 400, "http_request_error")
+			c.wantsEnd()
+		})
+	}
+}
+
+// TestUsageIsExplained asks the proxy as if it were a server.
+func TestUsageIsExplained(t *testing.T) {
+	p := startProxy(t)
+	c := p.dial(t)
+	c.send("GET /healthz HTTP/1.1\r\nHost: %s\r\n\r\n", p.addr)
+	c.wantsRefusal("GET", 400, "http_request_error", "proxy")
+	c.wantsEnd()
+	c = p.dial(t)
+	c.send("GET https://example.com/ HTTP/1.1\r\nHost: example.com\r\n\r\n")
+	c.wantsRefusal("GET", 400, "http_request_error", "CONNECT")
+	c.wantsEnd()
+}
+
+// TestMalformedChunks sends request bodies whose chunks are wrong, at once and after a good chunk has reached the origin.
+func TestMalformedChunks(t *testing.T) {
+	p := startProxy(t)
+	long := strings.Repeat("x", 70<<10)
+	for _, bad := range []string{
+		"g\r\nhello\r\n0\r\n\r\n", "-5\r\nhello\r\n0\r\n\r\n", "+5\r\nhello\r\n0\r\n\r\n", "0x5\r\nhello\r\n0\r\n\r\n", " 5\r\nhello\r\n0\r\n\r\n", "5 \r\nhello\r\n0\r\n\r\n",
+		"\t5\r\nhello\r\n0\r\n\r\n", "5,\r\nhello\r\n0\r\n\r\n", "5 5\r\nhello\r\n0\r\n\r\n", "5_0\r\nhello\r\n0\r\n\r\n", "\r\nhello\r\n0\r\n\r\n", ";a\r\nhello\r\n0\r\n\r\n", "5\x00\r\nhello\r\n0\r\n\r\n",
+		"5;a\x00\r\nhello\r\n0\r\n\r\n", "5;a\rb\r\nhello\r\n0\r\n\r\n", "10000000000000000\r\nhello\r\n0\r\n\r\n", "10000000000000005\r\nhello\r\n0\r\n\r\n", "ffffffffffffffff\r\nhello\r\n0\r\n\r\n",
+		"8000000000000000\r\nhello\r\n0\r\n\r\n", "fffffffffffffffffffffffff\r\nhello\r\n0\r\n\r\n", strings.Repeat("0", 300) + "5\r\nhello\r\n0\r\n\r\n", "5;" + long + "\r\nhello\r\n0\r\n\r\n",
+		"5\nhello\r\n0\r\n\r\n", "5\r\nhello\n0\r\n\r\n", "5\r\nhello\r\n0\n\r\n", "5\r\nhello\r\n0\n\n", "5\r\nhello\r\n0\r\n\n", "5\rhello\r\n0\r\n\r\n", "5\r\r\nhello\r\n0\r\n\r\n",
+		"5\r\nhello0\r\n\r\n", "5\r\nhelloX\r\n0\r\n\r\n", "5\r\nhello\rX0\r\n\r\n", "5\r\nhello\r\r\n0\r\n\r\n", "5\r\nhello \r\n0\r\n\r\n", "4\r\nhello\r\n0\r\n\r\n",
+		"0\r\nA b: c\r\n\r\n", "0\r\n: b\r\n\r\n", "0\r\nA\r\n\r\n", "0\r\nA : b\r\n\r\n", "0\r\n A: b\r\n\r\n", "0\r\nA: b\r\n c\r\n\r\n", "0\r\nA: b\n\r\n", "0\r\nA: b\r\n\n", "0\r\nA: \x00\r\n\r\n",
+		"0\r\nA: b\rc\r\n\r\n", "0\r\n\r\r\n\r\n", "0\r\nA: " + long + "\r\n\r\n", "00g\r\n\r\n", "0;\x01\r\n\r\n",
+	} {
+		for _, first := range []string{"", "5\r\nfirst\r\n"} {
+			t.Run(fmt.Sprintf("%.24q after %q", bad, first), func(t *testing.T) {
+				o, n, c := startOrigin(t), len(p.served()), p.dial(t)
+				var sent bytes.Buffer
+				var up *peer
+				head := o.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nTransfer-Encoding: chunked\r\n\r\n") + first
+				if first != "" {
+					c.send("%s", head)
+					up = o.accept()
+					sent.WriteString(up.head())
+					up.wants(first)
+					sent.WriteString(first)
+					head = ""
+				}
+				c.send("%s", head+bad+o.fill(plainRequest))
+				c.wantsRefusal("POST", 400, "http_request_error")
+				c.wantsEnd()
+				r := p.awaitServed(t, n)
+				wantsLogged(t, r, 400, "http_request_error")
+				if up == nil && r["network.peer.address"] != nil {
+					up = o.accept()
+				}
+				if up != nil {
+					rest, _ := io.ReadAll(up.br)
+					sent.Write(rest)
+				}
+				if isMessage(sent.Bytes()) || strings.Contains(sent.String(), "GET /") {
+					t.Errorf("the origin got %q", sent.Bytes())
+				}
+			})
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Policy, as tables
+
+func TestClassify(t *testing.T) {
+	for addr, want := range map[string]addressClass{
+		"0.0.0.0": "unspecified", "0.255.255.255": "unspecified", "1.0.0.0": "public", "9.255.255.255": "public", "10.0.0.0": "private",
+		"10.255.255.255": "private", "11.0.0.0": "public", "100.63.255.255": "public", "100.64.0.0": "shared", "100.127.255.255": "shared",
+		"100.128.0.0": "public", "126.255.255.255": "public", "127.0.0.0": "loopback", "127.255.255.255": "loopback", "128.0.0.0": "public",
+		"169.253.255.255": "public", "169.254.0.0": "link-local", "169.254.169.254": "link-local", "169.255.0.0": "public",
+		"172.15.255.255": "public", "172.16.0.0": "private", "172.31.255.255": "private", "172.32.0.0": "public", "192.0.0.1": "reserved",
+		"192.167.255.255": "public", "192.168.0.0": "private", "192.168.255.255": "private", "192.169.0.0": "public", "198.18.0.1": "reserved",
+		"223.255.255.255": "public", "224.0.0.0": "multicast", "239.255.255.255": "multicast", "240.0.0.0": "reserved", "255.255.255.255": "reserved",
+		"8.8.8.8": "public", "::": "unspecified", "::1": "loopback", "::2": "reserved", "::127.0.0.1": "reserved", "::ffff:127.0.0.1": "loopback",
+		"::ffff:8.8.8.8": "public", "64:ff9b::10.0.0.1": "private", "64:ff9b::8.8.8.8": "public", "64:ff9b:1::1": "reserved",
+		"2002:7f00:1::": "loopback", "2002:808:808::": "public", "2001:db8::1": "reserved", "2001::1": "reserved", "2606:4700::1": "public",
+		"fbff::1": "public", "fc00::": "private", "fdff::1": "private", "fe80::1": "link-local", "fec0::1": "reserved", "ff02::1": "multicast",
+	} {
+		if got := classify(netip.MustParseAddr(addr)); got != want {
+			t.Errorf("%s is %s, want %s", addr, got, want)
+		}
+	}
+}
+
+func TestHostRules(t *testing.T) {
+	var rules hostRules
+	text := "One.example, *.below.example, .both.example:8080, last.example., 10.1.0.0/16, 192.0.2.7:81, [2001:db8::]:443, fd00::/8, [fd01::/16]:82"
+	if err := rules.UnmarshalText([]byte(text)); err != nil {
+		t.Fatal(err)
+	}
+	for authority, want := range map[string]bool{
+		"one.example": true, "ONE.example.": true, "x.one.example": false, "one.example:99": true, "xone.example": false,
+		"below.example": false, "a.below.example": true, "a.b.below.example": true, "abelow.example": false,
+		"both.example:8080": true, "a.both.example:8080": true, "both.example": false, "last.example": true, "example": false,
+		"10.1.2.3": true, "10.2.0.0": false, "192.0.2.7:81": true, "192.0.2.7": false, "[2001:db8::]:443": true, "[2001:db8::]": false,
+		"[fd00::1]:9": true, "[fe00::1]:9": false,
+	} {
+		var d destination
+		if err := d.parse([]byte(authority), 80); err != nil {
+			t.Fatalf("%s: %v", authority, err)
+		}
+		if got := rules.match(d.host, d.ip, d.port); got != want {
+			t.Errorf("%s: %v, want %v", authority, got, want)
+		}
+	}
+	for _, bad := range []string{"*example.com", "*", "a..b", "a.example:0", "a.example:x", "a.*.example", "10.0.0.0/33", "0x7f.1", "[::1"} {
+		if err := rules.UnmarshalText([]byte(bad)); err == nil || !strings.Contains(err.Error(), bad) {
+			t.Errorf("rule %q: error %v, want one that names it", bad, err)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Names
+
+// dnsServer answers A queries over UDP; other types have no records.
+type dnsServer struct {
+	net.PacketConn
+	addr    string
+	replies sync.WaitGroup
+
+	mu    sync.Mutex
+	zone  map[string]dnsReply // guarded by mu; a name that is not there does not exist
+	asked map[string]int      // A queries; guarded by mu
+	gate  chan struct{}       // not nil: replies wait until it is closed; guarded by mu
+	quiet chan struct{}       // closed when silent replies are sent after all
+}
+
+type dnsReply struct {
+	addrs  string // separated by spaces
+	fails  bool   // SERVFAIL
+	silent bool
+}
+
+func startDNS(t *testing.T) *dnsServer {
+	t.Helper()
+	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &dnsServer{PacketConn: conn, addr: conn.LocalAddr().String(), zone: map[string]dnsReply{}, asked: map[string]int{}, quiet: make(chan struct{})}
+	done := make(chan struct{})
+	go func() { defer close(done); d.serve() }()
+	t.Cleanup(func() { conn.Close(); <-done; d.replies.Wait() })
+	return d
+}
+
+func (d *dnsServer) set(name string, r dnsReply) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.zone[name] = r
+}
+
+func (d *dnsServer) count(name string) int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.asked[name]
+}
+
+// hold keeps replies back until the function it returns is called.
+func (d *dnsServer) hold() (release func()) {
+	gate := make(chan struct{})
+	d.mu.Lock()
+	d.gate = gate
+	d.mu.Unlock()
+	return sync.OnceFunc(func() { close(gate) })
+}
+
+func (d *dnsServer) serve() {
+	packet := make([]byte, 1500)
+	for {
+		n, from, err := d.ReadFrom(packet)
+		if err != nil {
+			return
+		}
+		query := slices.Clone(packet[:n])
+		d.replies.Go(func() {
+			d.WriteTo(d.answer(query), from)
+		})
+	}
+}
+
+// answer makes the response to a query (RFC 1035, 4.1): header, question, and the addresses by a pointer to its name.
+func (d *dnsServer) answer(query []byte) []byte {
+	var labels []string
+	at := 12
+	for query[at] != 0 {
+		labels = append(labels, string(query[at+1:at+1+int(query[at])]))
+		at += 1 + int(query[at])
+	}
+	name, isA := strings.Join(labels, "."), binary.BigEndian.Uint16(query[at+1:]) == 1
+	d.mu.Lock()
+	r, known := d.zone[name]
+	if isA {
+		d.asked[name]++
+	}
+	gate := d.gate
+	d.mu.Unlock()
+	if gate != nil {
+		<-gate
+	}
+	if r.silent {
+		<-d.quiet
+		r.fails = true
+	}
+	m := append([]byte{query[0], query[1], 0x81, 0x80, 0, 1, 0, 0, 0, 0, 0, 0}, query[12:at+5]...)
+	switch {
+	case r.fails:
+		m[3] |= 2
+	case !known:
+		m[3] |= 3
+	case isA:
+		for _, a := range strings.Fields(r.addrs) {
+			m = append(m, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4)
+			m = append(m, netip.MustParseAddr(a).AsSlice()...)
+			m[7]++
+		}
+	}
+	return m
+}
+
+// blackHole makes addr one at which connections are neither accepted nor refused: its queue is full.
+func blackHole(t *testing.T, addr string) {
+	t.Helper()
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	raw, _ := l.(*net.TCPListener).SyscallConn()
+	raw.Control(func(fd uintptr) { syscall.Listen(int(fd), 0) })
+	for range 5 {
+		c, err := net.DialTimeout("tcp", addr, 100*time.Millisecond)
+		if err != nil {
+			return
+		}
+		t.Cleanup(func() { c.Close() })
+	}
+	t.Skip("this kernel accepts more connections than the backlog")
+}
+
+func TestNames(t *testing.T) {
+	d := startDNS(t)
+	first := serveAt(t, "127.0.0.1:0", nil)
+	_, port, _ := net.SplitHostPort(first)
+	second := serveAt(t, "127.0.0.2:"+port, nil) // not allowed but by ALLOW_PRIVATE_HOSTS
+	p := startProxy(t, "DNS_SERVERS="+d.addr, "ALLOW_CIDRS=127.0.0.1,127.0.0.3,127.0.0.4,127.0.0.5,127.0.0.6",
+		"ALLOW_PRIVATE_HOSTS=exact.test,*.below.test,.both.test,ported.test:"+port+",other.test:1,UPPER.test")
+	for _, c := range []struct {
+		name   string
+		addrs  string // "-" for no such name, "!" for a failure
+		status int
+		want   string // the origin that answers, or the token
+	}{
+		{"plain.test", "127.0.0.1", 200, first},
+		{"mixed-a.test", "127.0.0.2 127.0.0.1", 200, first},
+		{"mixed-b.test", "127.0.0.1 127.0.0.2", 200, first},
+		{"mixed-c.test", "10.0.0.1 169.254.169.254 127.0.0.1", 200, first},
+		{"forbidden.test", "127.0.0.2 10.0.0.1 169.254.169.254", 403, "destination_ip_prohibited"},
+		{"metadata.test", "169.254.169.254", 403, "destination_ip_prohibited"},
+		{"zero.test", "0.0.0.0", 403, "destination_ip_prohibited"},
+		{"missing.test", "-", 502, "dns_error"},
+		{"empty.test", "", 502, "dns_error"},
+		{"broken.test", "!", 502, "dns_error"},
+		{"exact.test", "127.0.0.2", 200, second},
+		{"EXACT.test.", "127.0.0.2", 200, second},
+		{"upper.test", "127.0.0.2", 200, second},
+		{"sub.exact.test", "127.0.0.2", 403, "destination_ip_prohibited"},
+		{"notexact.test", "127.0.0.2", 403, "destination_ip_prohibited"},
+		{"below.test", "127.0.0.2", 403, "destination_ip_prohibited"},
+		{"x.below.test", "127.0.0.2", 200, second},
+		{"x.y.below.test", "127.0.0.2", 200, second},
+		{"both.test", "127.0.0.2", 200, second},
+		{"x.both.test", "127.0.0.2", 200, second},
+		{"xboth.test", "127.0.0.2", 403, "destination_ip_prohibited"},
+		{"ported.test", "127.0.0.2", 200, second},
+		{"other.test", "127.0.0.2", 403, "destination_ip_prohibited"},
+		{"refusing.test", "127.0.0.3 127.0.0.4 127.0.0.5 127.0.0.1", 200, first},
+		{"refused.test", "127.0.0.3 127.0.0.4", 502, "connection_refused"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			zone := strings.ToLower(strings.TrimSuffix(c.name, "."))
+			if c.addrs != "-" {
+				d.set(zone, dnsReply{addrs: strings.Trim(c.addrs, "!"), fails: c.addrs == "!"})
+			}
+			resp, body := p.dial(t).ask("GET", "http://"+c.name+":"+port+"/")
+			if c.status != 200 {
+				wantsRefusal(t, resp, body, c.status, c.want)
+			} else if resp.StatusCode != 200 || body != c.want {
+				t.Errorf("got %d %q, want an answer from %s", resp.StatusCode, body, c.want)
+			}
+		})
+	}
+	t.Run("itself", func(t *testing.T) {
+		d.set("self.test", dnsReply{addrs: "127.0.0.1"})
+		_, own, _ := net.SplitHostPort(p.addr)
+		resp, body := p.dial(t).ask("GET", "http://self.test:"+own+"/")
+		wantsRefusal(t, resp, body, 502, "proxy_loop_detected")
+	})
+	t.Run("one lookup for many", func(t *testing.T) {
+		d.set("busy.test", dnsReply{addrs: "127.0.0.1"})
+		release := d.hold()
+		defer release()
+		var clients []*peer
+		for range 20 {
+			c := p.dial(t)
+			c.send("%s", request("GET", "http://busy.test:"+port+"/"))
+			clients = append(clients, c)
+		}
+		eventually(t, "the lookup", func() bool { return d.count("busy.test") > 0 })
+		release()
+		for _, c := range clients {
+			if resp, _ := c.response("GET"); resp.StatusCode != 200 {
+				t.Errorf("status %d", resp.StatusCode)
+			}
+		}
+		if n := d.count("busy.test"); n != 1 {
+			t.Errorf("%d lookups", n)
+		}
+	})
+	t.Run("one pool for all spellings", func(t *testing.T) {
+		d.set("spelt.test", dnsReply{addrs: "127.0.0.1"})
+		o := startOrigin(t)
+		_, port, _ := net.SplitHostPort(o.addr)
+		c := p.dial(t)
+		var up *peer
+		for _, name := range []string{"spelt.test", "SPELT.Test", "spelt.test.", "Spelt.TEST."} {
+			c.send("%s", request("GET", "http://"+name+":"+port+"/"))
+			if up == nil {
+				up = o.accept()
+			}
+			up.head()
+			up.send("HTTP/1.1 204 No Content\r\n\r\n")
+			if resp, _ := c.response("GET"); resp.StatusCode != 204 {
+				t.Errorf("status %d", resp.StatusCode)
+			}
+		}
+		if n := d.count("spelt.test"); n != 1 {
+			t.Errorf("%d lookups", n)
+		}
+	})
+	t.Run("black hole", func(t *testing.T) {
+		blackHole(t, "127.0.0.6:"+port)
+		for i, addrs := range []string{"127.0.0.6 127.0.0.1", "127.0.0.1 127.0.0.6", "127.0.0.6 127.0.0.3 127.0.0.1"} {
+			name := fmt.Sprintf("hole%d.test", i)
+			d.set(name, dnsReply{addrs: addrs})
+			begun := time.Now()
+			resp, body := p.dial(t).ask("GET", "http://"+name+":"+port+"/")
+			if took := time.Since(begun); resp.StatusCode != 200 || body != first || took > 900*time.Millisecond {
+				t.Errorf("%s: %d %q after %v", addrs, resp.StatusCode, body, took)
+			}
+		}
+	})
+}
+
+func TestNamesAgeing(t *testing.T) {
+	const ttl, stale = 300 * time.Millisecond, 1500 * time.Millisecond
+	d := startDNS(t)
+	_, port, _ := net.SplitHostPort(serveAt(t, "127.0.0.1:0", nil))
+	d.set("app.test", dnsReply{addrs: "127.0.0.1"})
+	d.set("silent.test", dnsReply{silent: true})
+	// POOL_IDLE=0, or the pool would make lookups unnecessary.
+	p := startProxy(t, "DNS_SERVERS="+d.addr, "DNS_TIMEOUT=200ms", "DNS_CACHE_TTL="+ttl.String(), "DNS_STALE="+stale.String(), "POOL_IDLE=0")
+	t.Cleanup(func() { close(d.quiet) }) // Go's resolver keeps a query's socket for 5 s, whatever its context says
+	c := p.dial(t)
+	get := func() (*http.Response, string) { return c.ask("GET", "http://app.test:"+port+"/") }
+	wants200 := func() {
+		t.Helper()
+		if resp, body := get(); resp.StatusCode != 200 {
+			t.Fatalf("got %d %q", resp.StatusCode, body)
+		}
+	}
+
+	begun := time.Now()
+	wants200()
+	wants200()
+	if n := d.count("app.test"); n != 1 && time.Since(begun) < ttl {
+		t.Errorf("%d lookups within the TTL", n)
+	}
+	eventually(t, "a second lookup", func() bool { wants200(); return d.count("app.test") == 2 })
+	learned := time.Now()
+
+	for _, failure := range []dnsReply{{fails: true}, {silent: true}} {
+		d.set("app.test", failure)
+		asked := d.count("app.test")
+		eventually(t, "a lookup that fails", func() bool {
+			if resp, body := get(); resp.StatusCode != 200 && time.Since(learned) < stale {
+				t.Fatalf("got %d %q %v after the last good answer", resp.StatusCode, body, time.Since(learned))
+			}
+			return d.count("app.test") > asked
+		})
+	}
+	d.set("app.test", dnsReply{fails: true})
+	var resp *http.Response
+	var body string
+	eventually(t, "the answer to be too old", func() bool { resp, body = get(); return resp.StatusCode != 200 })
+	wantsRefusal(t, resp, body, 502, "dns_error")
+	if age := time.Since(learned); age < stale-ttl {
+		t.Errorf("the answer served for %v only", age)
+	}
+	d.set("app.test", dnsReply{addrs: "127.0.0.1"})
+	eventually(t, "the name to be back", func() bool { resp, _ = get(); return resp.StatusCode == 200 })
+
+	begun = time.Now()
+	resp, body = c.ask("GET", "http://silent.test:"+port+"/")
+	wantsRefusal(t, resp, body, 504, "dns_timeout")
+	if took := time.Since(begun); took < 150*time.Millisecond || took > 2*time.Second {
+		t.Errorf("DNS_TIMEOUT=200ms took %v", took)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Dialling
+
+func TestDialTimeout(t *testing.T) {
+	addr := freeAddr(t)
+	blackHole(t, addr)
+	p := startProxy(t, "DIAL_TIMEOUT=200ms")
+	begun := time.Now()
+	resp, body := p.dial(t).ask("GET", "http://"+addr+"/")
+	wantsRefusal(t, resp, body, 504, "connection_timeout")
+	if took := time.Since(begun); took > 2*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	resp, body = p.dial(t).ask("CONNECT", addr)
+	wantsRefusal(t, resp, body, 504, "connection_timeout")
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pool
+
+// exchange1 has the client make a request that the origin, accepted on first use, answers.
+func exchange1(c *peer, o *testOrigin, up *peer) *peer {
+	c.t.Helper()
+	c.send("%s", request("GET", "http://"+o.addr+"/"))
+	if up == nil {
+		up = o.accept()
+	}
+	up.head()
+	up.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+	if resp, body := c.response("GET"); resp.StatusCode != 200 || body != "ok" {
+		c.t.Fatalf("got %d %q", resp.StatusCode, body)
+	}
+	return up
+}
+
+// ended reports that a peer has ended the connection, without waiting.
+func (p *peer) ended() bool {
+	p.SetReadDeadline(time.Now().Add(time.Millisecond))
+	defer p.SetReadDeadline(time.Now().Add(2 * patience))
+	_, err := p.br.Peek(1)
+	return err != nil && !os.IsTimeout(err)
+}
+
+func TestPool(t *testing.T) {
+	p := startProxy(t, "POOL_IDLE_PER_HOST=1")
+	t.Run("one is kept per host", func(t *testing.T) {
+		o := startOrigin(t)
+		a, b := p.dial(t), p.dial(t)
+		a.send("%s", request("GET", "http://"+o.addr+"/a"))
+		upA := o.accept()
+		b.send("%s", request("GET", "http://"+o.addr+"/b"))
+		upB := o.accept()
+		for _, pair := range [][2]*peer{{upA, a}, {upB, b}} {
+			pair[0].head()
+			pair[0].send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+			pair[1].response("GET")
+		}
+		eventually(t, "one of two connections to be closed", func() bool { return upA.ended() != upB.ended() })
+		kept := upA
+		if upA.ended() {
+			kept = upB
+		}
+		exchange1(a, o, kept)
+		exchange1(a, o, kept) // the same client: another's request may come before the connection is back in the pool
+		o.wantsNone()
+	})
+	t.Run("ports are not mixed", func(t *testing.T) {
+		one, two := startOrigin(t), startOrigin(t)
+		c := p.dial(t)
+		up1 := exchange1(c, one, nil)
+		up2 := exchange1(c, two, nil)
+		exchange1(c, one, up1)
+		exchange1(c, two, up2)
+		one.wantsNone()
+		two.wantsNone()
+	})
+	t.Run("a connection that the origin closes", func(t *testing.T) {
+		o := startOrigin(t)
+		c := p.dial(t)
+		up := exchange1(c, o, nil)
+		files := countFiles()
+		up.Close()
+		eventually(t, "both ends' descriptors to be gone", func() bool { return countFiles() <= files-2 })
+		exchange1(c, o, nil)
+	})
+	t.Run("a connection on which the origin says something unasked", func(t *testing.T) {
+		o := startOrigin(t)
+		c := p.dial(t)
+		up := exchange1(c, o, nil)
+		files := countFiles()
+		up.send("HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+		up.CloseWrite()
+		eventually(t, "the proxy's descriptor to be gone", func() bool { return countFiles() < files })
+		exchange1(c, o, nil) // its answer is not the 408
+	})
+}
+
+func TestPoolLimits(t *testing.T) {
+	t.Run("POOL_IDLE=0", func(t *testing.T) {
+		p := startProxy(t, "POOL_IDLE=0")
+		o := startOrigin(t)
+		c := p.dial(t)
+		for range 3 {
+			exchange1(c, o, nil).wantsEnd()
+		}
+	})
+	t.Run("POOL_IDLE_PER_HOST=0", func(t *testing.T) {
+		p := startProxy(t, "POOL_IDLE_PER_HOST=0")
+		exchange1(p.dial(t), startOrigin(t), nil).wantsEnd()
+	})
+	t.Run("POOL_IDLE=1", func(t *testing.T) {
+		p := startProxy(t, "POOL_IDLE=1")
+		one, two := startOrigin(t), startOrigin(t)
+		c := p.dial(t)
+		up1 := exchange1(c, one, nil)
+		up2 := exchange1(c, two, nil)
+		eventually(t, "one of two connections to be closed", func() bool { return up1.ended() != up2.ended() })
+	})
+	t.Run("POOL_IDLE_TIMEOUT", func(t *testing.T) {
+		p := startProxy(t, "POOL_IDLE_TIMEOUT=200ms")
+		o := startOrigin(t)
+		c := p.dial(t)
+		up := exchange1(c, o, nil)
+		exchange1(c, o, up)
+		begun := time.Now()
+		up.wantsEnd()
+		if took := time.Since(begun); took < 150*time.Millisecond || took > 1500*time.Millisecond {
+			t.Errorf("it was kept for %v", took)
+		}
+		exchange1(c, o, nil)
+	})
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Connections that end
+
+// TestStaleConnections has the origin close after each answer, at a moment that only chance chooses.
+func TestStaleConnections(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	c := p.dial(t)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			conn, err := o.Accept()
+			if err != nil {
+				return
+			}
+			req, err := http.ReadRequest(bufio.NewReader(conn))
+			if err == nil && req.Method == "GET" {
+				io.WriteString(conn, plainAnswer)
+			}
+			conn.Close()
+		}
+	}()
+	for i := range 200 {
+		c.send("%s", o.fill(plainRequest))
+		if resp, body := c.response("GET"); resp.StatusCode != 200 || body != "hi" {
+			t.Fatalf("request %d: %s %q", i, resp.Status, body)
+		}
+	}
+	o.Close()
+	<-ended
+}
+
+// TestDeadConnections has the origin end a pooled connection at rest, and in answer to a request.
+func TestDeadConnections(t *testing.T) {
+	p := startProxy(t)
+	const post = "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: 5\r\n\r\nhello"
+	// pooled has an exchange leave a connection in the pool.
+	pooled := func(t *testing.T) (o *testOrigin, c, up *peer) {
+		o, c = startOrigin(t), p.dial(t)
+		n := len(p.served())
+		c.send("%s", o.fill(plainRequest))
+		up = o.accept()
+		up.wants(o.fill(plainWants))
+		up.send(plainAnswer)
+		c.wants(plainGets)
+		p.awaitServed(t, n)
+		return o, c, up
+	}
+	for name, request := range map[string]string{"GET": plainRequest, "POST": post} {
+		t.Run("at rest, then "+name, func(t *testing.T) {
+			o, c, up := pooled(t)
+			up.CloseWrite()
+			up.wantsEnd() // it is out of the pool before anybody needs it
+			c.send("%s", o.fill(request))
+			up = o.accept()
+			up.head()
+			up.send(plainAnswer)
+			c.wants(plainGets)
+		})
+	}
+	for _, method := range []string{"GET", "HEAD", "OPTIONS", "DELETE", "PUT", "TRACE"} {
+		for how, linger := range map[string]int{"closed": -1, "reset": 0} {
+			t.Run(method+" upon "+how, func(t *testing.T) {
+				o, c, up := pooled(t)
+				n := len(p.served())
+				c.send("%s", o.fill(strings.Replace(plainRequest, "GET", method, 1)))
+				first := up.head()
+				up.SetLinger(linger)
+				up.Close()
+				up = o.accept()
+				up.wants(first)
+				up.send("HTTP/1.1 200 OK\r\n" + date + "Content-Length: 0\r\n\r\n")
+				if resp, _ := c.response(method); resp.StatusCode != 200 {
+					t.Errorf("got %s", resp.Status)
+				}
+				if r := p.awaitServed(t, n); r["error.type"] != nil || r["upstream_reused"] != false {
+					t.Errorf("logged %v", r)
+				}
+			})
+		}
+	}
+	for name, request := range map[string]string{"POST": post, "POST without body": "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\n\r\n", "PATCH": "PATCH http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: 0\r\n\r\n",
+		"unknown": "BREW http://{o}/ HTTP/1.1\r\nHost: {o}\r\n\r\n", "PUT with body": strings.Replace(post, "POST", "PUT", 1)} {
+		t.Run(name+" is not sent twice", func(t *testing.T) {
+			o, c, up := pooled(t)
+			n := len(p.served())
+			c.send("%s", o.fill(request))
+			up.head()
+			if strings.HasSuffix(request, "hello") {
+				up.wants("hello")
+			}
+			up.Close()
+			c.wantsRefusal("POST", 502, "connection_terminated")
+			wantsLogged(t, p.awaitServed(t, n), 502, "connection_terminated")
+			o.wantsNone()
+		})
+	}
+	t.Run("not after a byte of the answer", func(t *testing.T) {
+		o, c, up := pooled(t)
+		c.send("%s", o.fill(plainRequest))
+		up.head()
+		up.send("HTTP/1.1 2")
+		up.Close()
+		c.wantsRefusal("GET", 502, "connection_terminated")
+		o.wantsNone()
+	})
+	t.Run("once only", func(t *testing.T) {
+		o, c, up := pooled(t)
+		c.send("%s", o.fill(plainRequest))
+		up.head()
+		up.Close()
+		up = o.accept()
+		up.head()
+		up.Close()
+		c.wantsRefusal("GET", 502, "connection_terminated")
+		o.wantsNone()
+	})
+}
+
+// TestVanishingClients has clients leave while their origins are slow. Upstream connections end with them.
+func TestVanishingClients(t *testing.T) {
+	p := startProxy(t)
+	const post = "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\n"
+	vanish := []struct{ name, request, wants, answer string }{
+		{"waiting for the head", plainRequest, "", ""},
+		{"waiting after a 1xx", plainRequest, "", "HTTP/1.1 103 Early Hints\r\n\r\n"},
+		{"in a response with length", plainRequest, "", "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhello"},
+		{"in a spliced response", plainRequest, "", "HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\nhello"},
+		{"in a chunked response", plainRequest, "", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"},
+		{"in a request with length", post + "Content-Length: 100\r\n\r\nhello", "hello", ""},
+		{"in a spliced request", post + "Content-Length: 1000000\r\n\r\nhello", "hello", ""},
+		{"in a chunked request", post + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", "5\r\nhello\r\n", ""},
+		{"after a request with a body", post + "Content-Length: 5\r\n\r\nhello", "hello", ""},
+	}
+	type pending struct {
+		name string
+		up   *peer
+	}
+	var all []pending
+	for _, e := range vanish {
+		for how, linger := range map[string]int{"closes": -1, "resets": 0} {
+			o, c := startOrigin(t), p.dial(t)
+			c.send("%s", o.fill(e.request))
+			up := o.accept()
+			up.head()
+			up.wants(e.wants)
+			if e.answer != "" {
+				up.send("%s", e.answer)
+				c.head()
+				if strings.Contains(e.answer, "hello") {
+					c.wants(e.answer[strings.Index(e.answer, "\r\n\r\n")+4:])
+				}
+			}
+			c.SetLinger(linger)
+			c.Close()
+			all = append(all, pending{e.name + ", client " + how, up})
+		}
+	}
+	end := time.Now().Add(2 * time.Second)
+	for _, w := range all {
+		w.up.SetReadDeadline(end)
+		if rest, err := io.ReadAll(w.up.br); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s: the upstream connection is still open", w.name)
+		} else if len(rest) > 0 {
+			t.Errorf("%s: the origin got %q as well", w.name, rest)
+		}
+	}
+}
+
+// TestStuckPeersVanish has clients leave while the proxy cannot write: to them, or to an origin that reads nothing.
+func TestStuckPeersVanish(t *testing.T) {
+	p := startProxy(t)
+	t.Run("client reads nothing", func(t *testing.T) {
+		o, c := startOrigin(t), p.dial(t)
+		c.SetReadBuffer(4096)
+		c.send("%s", o.fill(plainRequest))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n")
+		c.head()
+		stuck(up)
+		c.Close()
+		up.SetWriteDeadline(time.Now().Add(2 * time.Second))
+		if _, err := up.Write(make([]byte, 64<<20)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("the upstream connection is still open (%v)", err)
+		}
+	})
+	t.Run("origin reads nothing", func(t *testing.T) {
+		o, c := startOrigin(t), p.dial(t)
+		c.send("%s", o.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: 1000000000\r\n\r\n"))
+		up := o.accept()
+		up.head()
+		stuck(c)
+		c.SetLinger(0)
+		c.Close()
+		up.SetReadDeadline(time.Now().Add(3 * time.Second))
+		if _, err := io.Copy(struct{ io.Writer }{io.Discard}, up.TCPConn); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error("the upstream connection is still open")
+		}
+	})
+}
+
+// stuck writes until nobody takes any more.
+func stuck(to *peer) {
+	block := make([]byte, 64<<10)
+	for {
+		to.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		if _, err := to.Write(block); err != nil {
+			return
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What is forwarded
+
+// exchangeCase is one request and its answer, byte for byte on both sides of the proxy. What is left empty is plain.
+type exchangeCase struct {
+	name    string
+	request string // from the client
+	wants   string // at the origin
+	answer  string // from the origin, which then ends its side
+	gets    string // at the client
+	ends    bool   // the client's connection is closed afterwards
+}
+
+func (e exchangeCase) run(t *testing.T, p *testProxy) {
+	o, c := startOrigin(t), p.dial(t)
+	either := func(a, b string) string {
+		if a == "" {
+			a = b
+		}
+		return o.fill(a)
+	}
+	c.send("%s", either(e.request, plainRequest))
+	up := o.accept()
+	up.wants(either(e.wants, plainWants))
+	up.send("%s", either(e.answer, plainAnswer))
+	up.CloseWrite()
+	c.wants(either(e.gets, plainGets))
+	if e.ends {
+		c.wantsEnd()
+	} else {
+		c.wantsInSync()
+	}
+	up.wantsEnd() // not a byte more than wanted
+}
+
+// get is a GET with fields.
+func get(fields string) string { return "GET http://{o}/ HTTP/1.1\r\nHost: {o}\r\n" + fields + "\r\n" }
+
+// gives is what the origin sees of get: before are the fields that pass, after those that Sluice adds.
+func gives(before, after string) string {
+	return "GET / HTTP/1.1\r\nHost: {o}\r\n" + before + viaOne + after + "\r\n"
+}
+
+func TestForwardedRequest(t *testing.T) {
+	p := startProxy(t)
+	closes := strings.Replace(plainGets, "\r\n\r\n", "\r\nConnection: close\r\n\r\n", 1)
+	line := func(request, wants string) (string, string) {
+		return request + " HTTP/1.1\r\nHost: {o}\r\n\r\n", wants + " HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "\r\n"
+	}
+	for name, c := range map[string][2]string{
+		"path":                     {"GET http://{o}/a/b?c=d&e", "GET /a/b?c=d&e"},
+		"path untouched":           {"GET http://{o}/a/../b//c/./%41%2f%zz?x=%", "GET /a/../b//c/./%41%2f%zz?x=%"},
+		"raw visible bytes":        {"GET http://{o}/a|b{c}\"<d>\\^`[]?{e}|", "GET /a|b{c}\"<d>\\^`[]?{e}|"},
+		"at sign in path":          {"GET http://{o}/@a:b@c", "GET /@a:b@c"},
+		"URL in path":              {"GET http://{o}/http://a.example/", "GET /http://a.example/"},
+		"slash in query":           {"GET http://{o}?a=/b@c", "GET /?a=/b@c"},
+		"empty path":               {"GET http://{o}", "GET /"},
+		"only a query":             {"GET http://{o}?a=b", "GET /?a=b"},
+		"only a question mark":     {"GET http://{o}?", "GET /?"},
+		"scheme in capitals":       {"GET HTTP://{o}/", "GET /"},
+		"unknown method":           {"BREW http://{o}/pot", "BREW /pot"},
+		"odd method":               {"!#$%&'*+-.^_`|~1aZ http://{o}/", "!#$%&'*+-.^_`|~1aZ /"},
+		"lower-case method":        {"get http://{o}/", "get /"},
+		"OPTIONS":                  {"OPTIONS http://{o}", "OPTIONS *"},
+		"OPTIONS with slash":       {"OPTIONS http://{o}/", "OPTIONS /"},
+		"OPTIONS with query":       {"OPTIONS http://{o}?a", "OPTIONS /?a"},
+		"OPTIONS with a path":      {"OPTIONS http://{o}/a", "OPTIONS /a"},
+		"DELETE":                   {"DELETE http://{o}/a", "DELETE /a"},
+		"POST without body":        {"POST http://{o}/a", "POST /a"},
+		"PRI is a method like any": {"PRI http://{o}/a", "PRI /a"},
+	} {
+		request, wants := line(c[0], c[1])
+		t.Run(name, exchangeCase{request: request, wants: wants}.in(p))
+	}
+	for _, e := range []exchangeCase{
+		{name: "target overrides Host", request: "GET http://{o}/ HTTP/1.1\r\nHost: other.example:81\r\n\r\n"},
+		{name: "Host comes first", request: "GET http://{o}/ HTTP/1.1\r\nA: b\r\nhOST: {o}\r\n\r\n", wants: gives("A: b\r\n", "")},
+		{name: "HTTP/1.0 without Host", request: "GET http://{o}/ HTTP/1.0\r\n\r\n", wants: strings.Replace(plainWants, "Via: 1.1", "Via: 1.0", 1), gets: closes, ends: true},
+		{name: "HTTP/1.0 with another Host", request: "GET http://{o}/ HTTP/1.0\r\nHost: a.example\r\n\r\n", wants: strings.Replace(plainWants, "Via: 1.1", "Via: 1.0", 1), gets: closes, ends: true},
+		{name: "empty lines before", request: "\r\n\r\n" + plainRequest},
+		{name: "order, case and spaces", request: get("x-b: 1\r\nX-A:2\r\naccept:  a ,b \t\r\nX-b: 3\r\nUser-Agent: \r\nCOOKIE: a=b\r\nEmpty:\r\n"),
+			wants: gives("x-b: 1\r\nX-A:2\r\naccept:  a ,b \t\r\nX-b: 3\r\nUser-Agent: \r\nCOOKIE: a=b\r\nEmpty:\r\n", "")},
+		{name: "obs-text and odd names", request: get("A: \xe9\xff\r\n!#$%&'*+-.^_`|~: b\r\nTransfer_Encoding: chunked\r\n"), wants: gives("A: \xe9\xff\r\n!#$%&'*+-.^_`|~: b\r\nTransfer_Encoding: chunked\r\n", "")},
+		{name: "Via grows", request: get("Via: 1.0 fred, 1.1 p.example.net (Apache)\r\nA: b\r\nvia: 1.1 sluice-test2\r\n"), wants: gives("Via: 1.0 fred, 1.1 p.example.net (Apache)\r\nA: b\r\nvia: 1.1 sluice-test2\r\n", "")},
+		{name: "forwarding fields are left alone", request: get("X-Forwarded-For: a\r\nForwarded: for=b\r\nX-Real-IP: c\r\n"), wants: gives("X-Forwarded-For: a\r\nForwarded: for=b\r\nX-Real-IP: c\r\n", "")},
+		{name: "credentials for the origin", request: get("Authorization: Basic YTpi\r\nProxy-Authorization: Basic c2VjcmV0\r\n"), wants: gives("Authorization: Basic YTpi\r\n", "")},
+		{name: "hop-by-hop", request: get("Connection: keep-alive\r\nKeep-Alive: timeout=5\r\nA: b\r\nProxy-Connection: keep-alive\r\nPROXY-AUTHORIZATION: x\r\nProxy-Authenticate: Basic\r\nTE: gzip;q=0.5\r\nUpgrade: h2c\r\nTrailer: T\r\n"),
+			wants: gives("A: b\r\nTrailer: T\r\n", "")},
+		{name: "named in Connection", request: get("X-Early: a\r\nConnection: x-early, X-Late ,,\tCookie\r\nB: c\r\nConnection: x-more\r\nX-LATE: d\r\nX-More: e\r\nX-late: f\r\ncookie: g\r\nX-Lates: h\r\n"),
+			wants: gives("B: c\r\nX-Lates: h\r\n", "")},
+		{name: "Connection does not name Host and Via away", request: get("Connection: Host, Via, Connection, Max-Forwards\r\nVia: 1.1 a\r\n"), wants: gives("Via: 1.1 a\r\n", "")},
+		{name: "Connection does not name Content-Length away", request: "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nConnection: Content-Length\r\nContent-Length: 5\r\n\r\nhello",
+			wants: "POST / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "Content-Length: 5\r\n\r\nhello"},
+		{name: "Connection does not name Transfer-Encoding away", request: "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nConnection: Transfer-Encoding\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+			wants: "POST / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"},
+		{name: "Connection: close is the client's", request: get("Connection: close\r\n"), gets: closes, ends: true},
+		{name: "Proxy-Connection: close too", request: get("Proxy-Connection: close\r\n"), gets: closes, ends: true},
+		{name: "HTTP/1.0 keep-alive is not believed", request: "GET http://{o}/ HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", wants: strings.Replace(plainWants, "Via: 1.1", "Via: 1.0", 1), gets: closes, ends: true},
+		{name: "TE: trailers", request: get("Connection: TE\r\nTE: deflate, Trailers;q=0.5\r\n"), wants: gives("", "TE: trailers\r\nConnection: TE\r\n")},
+		{name: "h2c is not passed on", request: get("Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n")},
+		{name: "repeated Content-Length", request: "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: 5\r\nA: b\r\ncontent-length: 5\r\n\r\nhello",
+			wants: "POST / HTTP/1.1\r\nHost: {o}\r\nA: b\r\n" + viaOne + "Content-Length: 5\r\n\r\nhello"},
+		{name: "Content-Length: 0", request: "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: 0\r\n\r\n", wants: "POST / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "Content-Length: 0\r\n\r\n"},
+		{name: "GET with a body", request: get("Content-Length: 2\r\n") + "hi", wants: gives("", "Content-Length: 2\r\n") + "hi"},
+		{name: "HTTP/1.0 with a body", request: "POST http://{o}/ HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\nhello",
+			wants: "POST / HTTP/1.1\r\nHost: {o}\r\nVia: 1.0 sluice-test\r\nContent-Length: 5\r\n\r\nhello", gets: closes, ends: true},
+		{name: "chunk extensions are dropped", request: "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nTransfer-Encoding: CHUNKED\r\n\r\n05;a=b;c=\"d e\"\r\nhello\r\n000;last\r\n\r\n",
+			wants: "POST / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"},
+		{name: "empty chunked body", request: "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+			wants: "POST / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"},
+		{name: "trailers", request: "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n5\r\nhello\r\n0\r\nX-Sum: 1\r\nx-other:2\r\n\r\n",
+			wants: "POST / HTTP/1.1\r\nHost: {o}\r\nTrailer: X-Sum\r\n" + viaOne + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX-Sum: 1\r\nx-other:2\r\n\r\n"},
+		{name: "trailers do not frame or route", request: "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nContent-Length: 9\r\nA: b\r\nHost: c\r\nProxy-Authorization: d\r\nConnection: e\r\n\r\n",
+			wants: "POST / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nA: b\r\n\r\n"},
+		{name: "Max-Forwards counts down", request: "OPTIONS http://{o}/ HTTP/1.1\r\nHost: {o}\r\nMax-Forwards: 10\r\n\r\n", wants: "OPTIONS / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "Max-Forwards: 9\r\n\r\n"},
+		{name: "Max-Forwards to nothing", request: "TRACE http://{o}/ HTTP/1.1\r\nHost: {o}\r\nMax-Forwards: 1\r\n\r\n", wants: "TRACE / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "Max-Forwards: 0\r\n\r\n"},
+		{name: "Max-Forwards of others is left alone", request: get("Max-Forwards: 0\r\n"), wants: gives("", "Max-Forwards: 0\r\n")},
+	} {
+		t.Run(e.name, e.in(p))
+	}
+}
+
+// in makes a subtest of a case.
+func (e exchangeCase) in(p *testProxy) func(*testing.T) {
+	return func(t *testing.T) { e.run(t, p) }
+}
+
+// TestHostAsWritten reaches an origin by a name, which it sees as the client wrote it.
+func TestHostAsWritten(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	_, port, _ := net.SplitHostPort(o.addr)
+	for _, host := range []string{"LocalHost:" + port, "localhost.:" + port, "127.0.0.1.:" + port} {
+		c := p.dial(t)
+		c.send("GET http://%s/ HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", host, host)
+		up := o.accept()
+		up.wants("GET / HTTP/1.1\r\nHost: " + host + "\r\n" + viaOne + "\r\n")
+		up.send("HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+		if resp, _ := c.response("GET"); resp.StatusCode != 204 {
+			t.Error(resp.Status)
+		}
+		up.wantsEnd()
+		c.wantsEnd()
+	}
+}
+
+// TestMaxForwardsSpent has the proxy answer in the origin's place (RFC 9110, 9.3.7 and 9.3.8), which tells no secret.
+func TestMaxForwardsSpent(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	c := p.dial(t)
+	c.send("%s", o.fill("OPTIONS http://{o}/ HTTP/1.1\r\nHost: {o}\r\nMax-Forwards: 0\r\n\r\n"))
+	if resp, body := c.response("OPTIONS"); resp.StatusCode != 200 || body != "" {
+		t.Errorf("OPTIONS: %s %q", resp.Status, body)
+	}
+	c.send("%s", o.fill("TRACE http://{o}/p?q HTTP/1.1\r\nHost: {o}\r\nX-A:  b\r\nCOOKIE: secret\r\nAuthorization: Basic secret\r\nProxy-Authorization: Basic secret\r\nMax-Forwards: 0\r\n\r\n"))
+	resp, body := c.response("TRACE")
+	if resp.StatusCode != 200 || resp.Header.Get("Content-Type") != "message/http" {
+		t.Errorf("TRACE: %s, %s", resp.Status, resp.Header.Get("Content-Type"))
+	}
+	if !strings.HasPrefix(body, o.fill("TRACE http://{o}/p?q HTTP/1.1\r\n")) || !strings.HasSuffix(body, "\r\n\r\n") {
+		t.Errorf("TRACE echoes %q", body)
+	}
+	if strings.Contains(body, "secret") {
+		t.Errorf("TRACE tells a secret: %q", body)
+	}
+	c.wantsInSync()
+	o.wantsNone()
+}
+
+// TestExpectContinue passes the expectation, the 100 and then the body on.
+func TestExpectContinue(t *testing.T) {
+	p := startProxy(t)
+	const expecting = "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"
+	const wanting = "POST / HTTP/1.1\r\nHost: {o}\r\nExpect: 100-continue\r\n" + viaOne + "Content-Length: 5\r\n\r\n"
+	t.Run("100", func(t *testing.T) {
+		o, c := startOrigin(t), p.dial(t)
+		c.send("%s", o.fill(expecting))
+		up := o.accept()
+		up.wants(o.fill(wanting))
+		up.send("HTTP/1.1 100 Continue\r\n\r\n")
+		c.wants("HTTP/1.1 100 Continue\r\n" + viaOne + "\r\n")
+		c.send("hello")
+		up.wants("hello")
+		up.send(plainAnswer)
+		c.wants(plainGets)
+		c.wantsInSync()
+	})
+	t.Run("417", func(t *testing.T) {
+		o, c := startOrigin(t), p.dial(t)
+		c.send("%s", o.fill(expecting))
+		up := o.accept()
+		up.wants(o.fill(wanting))
+		up.send("HTTP/1.1 417 Expectation Failed\r\n" + date + "Content-Length: 2\r\n\r\nno")
+		c.wants("HTTP/1.1 417 Expectation Failed\r\n" + date + viaOne + "Content-Length: 2\r\nConnection: close\r\n\r\nno")
+		c.wantsEnd()
+		up.wantsEnd() // what it waits for will not come
+	})
+}
+
+// TestWebSocket is the one upgrade that passes; what follows the 101 is a tunnel.
+func TestWebSocket(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	c := p.dial(t)
+	c.send("%s", o.fill(get("Connection: keep-alive, Upgrade\r\nUpgrade: WebSocket\r\nSec-WebSocket-Key: a\r\n")))
+	up := o.accept()
+	up.wants(o.fill(gives("Sec-WebSocket-Key: a\r\n", "Connection: Upgrade\r\nUpgrade: websocket\r\n")))
+	up.send("HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: b\r\n\r\nfirst")
+	c.wants("HTTP/1.1 101 Switching Protocols\r\nSec-WebSocket-Accept: b\r\n" + viaOne + "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\nfirst")
+	c.send("GET / HTTP/1.1\r\n\r\n\x00")
+	up.wants("GET / HTTP/1.1\r\n\r\n\x00")
+	up.send("second")
+	c.wants("second")
+	c.CloseWrite()
+	up.wantsEnd()
+	up.send("last")
+	up.CloseWrite()
+	c.wants("last")
+	c.wantsEnd()
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Responses and bodies
+
+func TestForwardedResponse(t *testing.T) {
+	p := startProxy(t)
+	head := strings.NewReplacer("GET", "HEAD")
+	const ok, got = "HTTP/1.1 200 OK\r\n" + date, "HTTP/1.1 200 OK\r\n" + date + viaOne
+	const got10 = "HTTP/1.1 200 OK\r\n" + date + "Via: 1.0 sluice-test\r\n"
+	const old, oldWants = "GET http://{o}/ HTTP/1.0\r\n\r\n", "GET / HTTP/1.1\r\nHost: {o}\r\nVia: 1.0 sluice-test\r\n\r\n"
+	for _, e := range []exchangeCase{
+		{name: "order, case and spaces", answer: "HTTP/1.1 299 Fine  by me \xe9\r\nset-cookie: a\r\n" + date + "X:  b \r\nSet-Cookie: c\r\nContent-Length: 0\r\n\r\n",
+			gets: "HTTP/1.1 299 Fine  by me \xe9\r\nset-cookie: a\r\n" + date + "X:  b \r\nSet-Cookie: c\r\n" + viaOne + "Content-Length: 0\r\n\r\n"},
+		{name: "empty reason", answer: "HTTP/1.1 200 \r\n" + date + "Content-Length: 0\r\n\r\n", gets: "HTTP/1.1 200 \r\n" + date + viaOne + "Content-Length: 0\r\n\r\n"},
+		{name: "no reason", answer: "HTTP/1.1 200\r\n" + date + "Content-Length: 0\r\n\r\n", gets: "HTTP/1.1 200 \r\n" + date + viaOne + "Content-Length: 0\r\n\r\n"},
+		{name: "odd status", answer: "HTTP/1.1 999 X\r\n" + date + "Content-Length: 0\r\n\r\n", gets: "HTTP/1.1 999 X\r\n" + date + viaOne + "Content-Length: 0\r\n\r\n"},
+		{name: "empty line before", answer: "\r\n" + plainAnswer},
+		{name: "Via grows", answer: ok + "Via: 1.1 a\r\nContent-Length: 0\r\n\r\n", gets: "HTTP/1.1 200 OK\r\n" + date + "Via: 1.1 a\r\n" + viaOne + "Content-Length: 0\r\n\r\n"},
+		{name: "hop-by-hop", answer: ok + "Connection: X-Hop, keep-alive\r\nx-hop: a\r\nKeep-Alive: timeout=5\r\nProxy-Connection: keep-alive\r\nProxy-Authenticate: Basic\r\nUpgrade: h2c\r\nTrailer: T\r\nContent-Length: 0\r\n\r\n",
+			gets: "HTTP/1.1 200 OK\r\n" + date + "Trailer: T\r\n" + viaOne + "Content-Length: 0\r\n\r\n"},
+		{name: "Connection does not name framing away", answer: ok + "Connection: Content-Length, Via\r\nVia: 1.1 a\r\nContent-Length: 2\r\n\r\nhi",
+			gets: "HTTP/1.1 200 OK\r\n" + date + "Via: 1.1 a\r\n" + viaOne + "Content-Length: 2\r\n\r\nhi"},
+		{name: "the origin's close is its own", answer: ok + "Connection: close\r\nContent-Length: 2\r\n\r\nhi"},
+		{name: "repeated Content-Length", answer: ok + "Content-Length: 2\r\nContent-Length: 2\r\n\r\nhi"},
+		{name: "chunked", answer: ok + "Transfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0;c\r\n\r\n", gets: got + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"},
+		{name: "trailers", answer: ok + "Trailer: X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX-Sum: 1\r\nProxy-Authenticate: a\r\nx:2\r\n\r\n",
+			gets: "HTTP/1.1 200 OK\r\n" + date + "Trailer: X-Sum\r\n" + viaOne + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX-Sum: 1\r\nx:2\r\n\r\n"},
+		{name: "empty chunked", answer: ok + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", gets: got + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"},
+		{name: "close-delimited", answer: ok + "\r\nhello", gets: got + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"},
+		{name: "empty close-delimited", answer: ok + "\r\n", gets: got + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"},
+		{name: "HTTP/1.0 close-delimited", answer: "HTTP/1.0 200 OK\r\n" + date + "\r\nhello", gets: got10 + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"},
+		{name: "HTTP/1.0 with length", answer: "HTTP/1.0 200 OK\r\n" + date + "Content-Length: 2\r\n\r\nhi", gets: got10 + "Content-Length: 2\r\n\r\nhi"},
+		{name: "HTTP/1.0 client", request: old, wants: oldWants, answer: ok + "Transfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\nT: u\r\n\r\n", gets: got + "Connection: close\r\n\r\nhello", ends: true},
+		{name: "HTTP/1.0 client and origin", request: old, wants: oldWants, answer: "HTTP/1.0 200 OK\r\n" + date + "\r\nhello", gets: got10 + "Connection: close\r\n\r\nhello", ends: true},
+		{name: "HTTP/1.0 client gets no 1xx", request: old, wants: oldWants, answer: "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n" + plainAnswer, gets: got + "Content-Length: 2\r\nConnection: close\r\n\r\nhi", ends: true},
+		{name: "103 and 102 before 200", answer: "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 102 Processing\r\nConnection: A\r\nA: b\r\n\r\n" + plainAnswer,
+			gets: "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n" + viaOne + "\r\nHTTP/1.1 102 Processing\r\n" + viaOne + "\r\n" + plainGets},
+		{name: "HEAD with length", request: head.Replace(plainRequest), wants: head.Replace(plainWants), answer: ok + "Content-Length: 5\r\n\r\n", gets: got + "Content-Length: 5\r\n\r\n"},
+		{name: "HEAD without", request: head.Replace(plainRequest), wants: head.Replace(plainWants), answer: ok + "\r\n", gets: got + "\r\n"},
+		{name: "HEAD chunked", request: head.Replace(plainRequest), wants: head.Replace(plainWants), answer: ok + "Transfer-Encoding: chunked\r\n\r\n", gets: got + "\r\n"},
+		{name: "204", answer: "HTTP/1.1 204 No Content\r\n" + date + "\r\n", gets: "HTTP/1.1 204 No Content\r\n" + date + viaOne + "\r\n"},
+		{name: "204 with length", answer: "HTTP/1.1 204 No Content\r\n" + date + "Content-Length: 5\r\n\r\n", gets: "HTTP/1.1 204 No Content\r\n" + date + viaOne + "\r\n"},
+		{name: "304", answer: "HTTP/1.1 304 Not Modified\r\n" + date + "ETag: \"a\"\r\n\r\n", gets: "HTTP/1.1 304 Not Modified\r\n" + date + "ETag: \"a\"\r\n" + viaOne + "\r\n"},
+		{name: "304 with length", answer: "HTTP/1.1 304 Not Modified\r\n" + date + "Content-Length: 5\r\n\r\n", gets: "HTTP/1.1 304 Not Modified\r\n" + date + viaOne + "Content-Length: 5\r\n\r\n"},
+	} {
+		t.Run(e.name, e.in(p))
+	}
+	t.Run("Date is added", func(t *testing.T) {
+		o, c := startOrigin(t), p.dial(t)
+		c.send("%s", o.fill(plainRequest))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		resp, _ := c.response("GET")
+		if d, err := http.ParseTime(resp.Header.Get("Date")); err != nil || time.Since(d).Abs() > time.Minute {
+			t.Errorf("Date: %q", resp.Header.Get("Date"))
+		}
+	})
+	t.Run("obs-fold", func(t *testing.T) {
+		o, c := startOrigin(t), p.dial(t)
+		c.send("%s", o.fill(plainRequest))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\t\r\n  d\r\nE: f\r\nContent-Length:\r\n 2\r\n\r\nhi")
+		head := c.head()
+		for line := range strings.Lines(head) {
+			if strings.HasPrefix(line, " ") || strings.HasPrefix(line, "\t") {
+				t.Errorf("a fold has passed: %q", head)
+			}
+			if v, ok := strings.CutPrefix(line, "A:"); ok && strings.Join(strings.Fields(v), " ") != "b c d" {
+				t.Errorf("A is %q", v)
+			}
+		}
+		if !strings.Contains(head, "\r\nA:") || !strings.Contains(head, "\r\nE: f\r\n") || !strings.Contains(head, "\r\nContent-Length: 2\r\n") {
+			t.Errorf("head %q", head)
+		}
+		c.wants("hi")
+		c.wantsInSync()
+	})
+}
+
+// TestByteByByte sends every byte on its own, on both sides.
+func TestByteByByte(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	c := p.dial(t)
+	trickle := func(to *peer, text string) {
+		for i := range len(text) {
+			to.send("%s", text[i:i+1])
+		}
+	}
+	var up *peer
+	for _, framing := range []string{"Content-Length: 5\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n2;a\r\nhe\r\n3\r\nllo\r\n0\r\nT: u\r\n\r\n"} {
+		sent := make(chan struct{})
+		go func() {
+			defer close(sent)
+			trickle(c, o.fill("\r\nPOST http://{o}/path HTTP/1.1\r\nHost: {o}\r\nA: b\r\n")+framing)
+		}()
+		if up == nil {
+			up = o.accept()
+		}
+		req, err := http.ReadRequest(up.br)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if body, err := io.ReadAll(req.Body); string(body) != "hello" || err != nil || req.URL.Path != "/path" {
+			t.Fatalf("the origin got %v %q (%v)", req.URL, body, err)
+		}
+		<-sent
+		go trickle(up, "HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\n"+framing)
+		resp, body := c.response("POST")
+		for resp.StatusCode < 200 { // whether http.ReadResponse reads over 1xx is not ours to say
+			resp, body = c.response("POST")
+		}
+		if resp.StatusCode != 200 || body != "hello" {
+			t.Fatalf("the client got %s %q", resp.Status, body)
+		}
+		if strings.HasPrefix(framing, "T") && (req.Trailer.Get("T") != "u" || resp.Trailer.Get("T") != "u") {
+			t.Errorf("trailers: %v, %v", req.Trailer, resp.Trailer)
+		}
+	}
+	c.wantsInSync()
+}
+
+// TestManyChunks sends thousands of one-byte chunks in both directions.
+func TestManyChunks(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	c := p.dial(t)
+	const count = 20000
+	var chunks, want strings.Builder
+	for i := range count {
+		fmt.Fprintf(&chunks, "1;n=%d\r\n%c\r\n", i%7, 'a'+i%26)
+		want.WriteByte(byte('a' + i%26))
+	}
+	chunks.WriteString("0\r\n\r\n")
+	go io.WriteString(c.TCPConn, o.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nTransfer-Encoding: chunked\r\n\r\n")+chunks.String())
+	up := o.accept()
+	req, err := http.ReadRequest(up.br)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if body, err := io.ReadAll(req.Body); string(body) != want.String() || err != nil {
+		t.Fatalf("the origin got %d bytes (%v)", len(body), err)
+	}
+	go io.WriteString(up.TCPConn, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"+chunks.String())
+	if _, body := c.response("POST"); body != want.String() {
+		t.Fatalf("the client got %d bytes", len(body))
+	}
+	c.wantsInSync()
+}
+
+// TestPipelining sends ten requests at once; they are answered in order over one upstream connection.
+func TestPipelining(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	c := p.dial(t)
+	var all strings.Builder
+	for i := range 10 {
+		if i%3 == 2 {
+			fmt.Fprintf(&all, "\r\nPOST http://%s/%d HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n", o.addr, i, o.addr)
+		} else {
+			fmt.Fprintf(&all, "POST http://%s/%d HTTP/1.1\r\nHost: %s\r\nContent-Length: 1\r\n\r\nx", o.addr, i, o.addr)
+		}
+	}
+	c.send("%s", all.String())
+	up := o.accept()
+	for i := range 10 {
+		if head := up.head(); !strings.HasPrefix(head, fmt.Sprintf("POST /%d HTTP/1.1\r\n", i)) {
+			t.Fatalf("request %d is %q", i, head)
+		}
+		if i%3 == 2 {
+			up.wants("1\r\nx\r\n0\r\n\r\n")
+		} else {
+			up.wants("x")
+		}
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n%d", i)
+	}
+	for i := range 10 {
+		if _, body := c.response("POST"); body != fmt.Sprint(i) {
+			t.Fatalf("answer %d is %q", i, body)
+		}
+	}
+	c.wantsInSync()
+	o.wantsNone()
+}
+
+// TestKeepAlive has an origin see one connection for many requests, of several clients and kinds, HTTP/1.0 with keep-alive
+// among them.
+func TestKeepAlive(t *testing.T) {
+	p := startProxy(t)
+	for name, head := range map[string]string{"HTTP/1.1": "HTTP/1.1 200 OK\r\n", "HTTP/1.0": "HTTP/1.0 200 OK\r\nConnection: Keep-Alive\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			o := startOrigin(t)
+			clients := []*peer{p.dial(t), p.dial(t), p.dial(t)}
+			var up *peer
+			for i := range 30 {
+				c := clients[i%3]
+				n := len(p.served())
+				c.send("%s", o.fill(plainRequest))
+				if up == nil {
+					up = o.accept()
+				}
+				up.wants(o.fill(plainWants))
+				up.send("%sContent-Length: 5\r\n\r\nhello", head)
+				if _, body := c.response("GET"); body != "hello" {
+					t.Fatalf("got %q", body)
+				}
+				if r := p.awaitServed(t, n); r["upstream_reused"] != (i > 0) {
+					t.Fatalf("request %d: upstream_reused is %v", i, r["upstream_reused"])
+				}
+			}
+			o.wantsNone()
+		})
+	}
+	for name, answer := range map[string]string{"HTTP/1.0 without keep-alive": "HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n", "close": "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			o, c := startOrigin(t), p.dial(t)
+			for range 2 {
+				c.send("%s", o.fill(plainRequest))
+				up := o.accept()
+				up.wants(o.fill(plainWants))
+				up.send("%s", answer)
+				c.response("GET")
+				up.wantsEnd()
+			}
+		})
+	}
+}
+
+// TestEarlyResponse has the origin refuse a body that the client is still sending. The refusal must arrive whole.
+func TestEarlyResponse(t *testing.T) {
+	p := startProxy(t)
+	const size = 8 << 20
+	body := make([]byte, size)
+	bodies := map[string]string{
+		"length":  fmt.Sprintf("Content-Length: %d\r\n\r\n%s", size, body),
+		"chunked": fmt.Sprintf("Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", size, body),
+	}
+	ends := map[string]func(*peer){"stays": func(*peer) {}, "half-closes": func(up *peer) { up.CloseWrite() }, "closes": func(up *peer) { up.Close() }}
+	for framing, text := range bodies {
+		for how, end := range ends {
+			t.Run(framing+", origin "+how, func(t *testing.T) {
+				o, c := startOrigin(t), p.dial(t)
+				sent := make(chan struct{})
+				go func() {
+					defer close(sent)
+					io.WriteString(c.TCPConn, o.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\n")+text)
+				}()
+				up := o.accept()
+				up.head()
+				why := strings.Repeat("too large! ", 1000)
+				up.send("HTTP/1.1 413 Content Too Large\r\nContent-Length: %d\r\n\r\n%s", len(why), why)
+				end(up)
+				if resp, got := c.response("POST"); resp.StatusCode != 413 || got != why {
+					t.Errorf("got %s, %d bytes", resp.Status, len(got))
+				}
+				c.wantsEnd()
+				<-sent
+			})
+		}
+	}
+}
+
+// TestFullDuplex has the origin answer while the request is still being sent, each piece when it comes.
+func TestFullDuplex(t *testing.T) {
+	p := startProxy(t)
+	t.Run("chunked", func(t *testing.T) {
+		o, c := startOrigin(t), p.dial(t)
+		c.send("%s", o.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nTransfer-Encoding: chunked\r\n\r\n"))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+		resp, err := http.ReadResponse(c.br, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		in, got := httputil.NewChunkedReader(up.br), make([]byte, 4)
+		for i := range 20 {
+			c.send("4\r\n%04d\r\n", i)
+			if _, err := io.ReadFull(in, got); err != nil {
+				t.Fatal(err)
+			}
+			up.send("4\r\n%s\r\n", got)
+			if _, err := io.ReadFull(resp.Body, got); err != nil || string(got) != fmt.Sprintf("%04d", i) {
+				t.Fatalf("piece %d: %q, %v", i, got, err)
+			}
+		}
+		c.send("0\r\n\r\n")
+		up.send("0\r\n\r\n")
+		if rest, err := io.ReadAll(resp.Body); len(rest) > 0 || err != nil {
+			t.Errorf("then %q, %v", rest, err)
+		}
+	})
+	t.Run("length", func(t *testing.T) {
+		o, c := startOrigin(t), p.dial(t)
+		const pieces, size = 20, 10000 // large enough to be spliced
+		c.send("%s", o.fill(fmt.Sprintf("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: %d\r\n\r\n", pieces*size)))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", pieces*size)
+		c.head()
+		for i := range pieces {
+			piece := strings.Repeat(string(rune('a'+i)), size)
+			c.send("%s", piece)
+			up.wants(piece)
+			up.send("%s", piece)
+			c.wants(piece)
+		}
+	})
+}
+
+// random gives n bytes that are the same for the same seed, and their sum.
+func random(seed byte, n int) ([]byte, string) {
+	b := make([]byte, n)
+	rand.NewChaCha8([32]byte{seed}).Read(b)
+	sum := sha256.Sum256(b)
+	return b, hex.EncodeToString(sum[:])
+}
+
+// plainReader hides a body's length, so that net/http sends it chunked.
+type plainReader struct{ io.Reader }
+
+// startEcho runs an origin by net/http: it answers with what it got, chunked where the query asks for it.
+func startEcho(t *testing.T) string {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		b, err := io.ReadAll(r.Body)
+		if err != nil {
+			http.Error(w, err.Error(), 400)
+			return
+		}
+		w.Header().Set("X-Length", fmt.Sprint(r.ContentLength))
+		if r.URL.RawQuery == "chunked" {
+			w.(http.Flusher).Flush()
+		} else {
+			w.Header().Set("Content-Length", fmt.Sprint(len(b)))
+		}
+		w.Write(b)
+	}))
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+// httpClient is a net/http client that uses the proxy.
+func (p *testProxy) httpClient(t *testing.T) *http.Client {
+	at := &url.URL{Scheme: "http", Host: p.addr}
+	tr := &http.Transport{Proxy: http.ProxyURL(at), MaxIdleConnsPerHost: 100}
+	t.Cleanup(tr.CloseIdleConnections)
+	return &http.Client{Transport: tr, Timeout: 4 * patience}
+}
+
+// TestBigBodies moves several megabytes both ways, with length (spliced) and chunked.
+func TestBigBodies(t *testing.T) {
+	p := startProxy(t)
+	echo, client := startEcho(t), p.httpClient(t)
+	data, sum := random(1, 5<<20+3)
+	for _, up := range []string{"length", "chunked"} {
+		for _, down := range []string{"length", "chunked"} {
+			t.Run(up+" up, "+down+" down", func(t *testing.T) {
+				var body io.Reader = bytes.NewReader(data)
+				if up == "chunked" {
+					body = plainReader{body}
+				}
+				resp, err := client.Post(echo+"/?"+down, "application/octet-stream", body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer resp.Body.Close()
+				h := sha256.New()
+				n, err := io.Copy(h, resp.Body)
+				if got := hex.EncodeToString(h.Sum(nil)); got != sum || err != nil {
+					t.Errorf("%d bytes of sum %s, want %d of %s (%v)", n, got, len(data), sum, err)
+				}
+				if (resp.ContentLength == -1) != (down == "chunked") || (resp.Header.Get("X-Length") == "-1") != (up == "chunked") {
+					t.Errorf("framing changed: up %s, down %d", resp.Header.Get("X-Length"), resp.ContentLength)
+				}
+			})
+		}
+	}
+}
+
+// TestManyClients has net/http send many requests at a time, of all framings and sizes.
+func TestManyClients(t *testing.T) {
+	p := startProxy(t)
+	echo, client := startEcho(t), p.httpClient(t)
+	var all sync.WaitGroup
+	for worker := range 32 {
+		all.Add(1)
+		go func() {
+			defer all.Done()
+			for i := range 15 {
+				data, _ := random(byte(worker), []int{0, 1, 100, 5000, 40000, 200000}[(worker+i)%6])
+				var body io.Reader = bytes.NewReader(data)
+				if i%2 == 1 {
+					body = plainReader{body}
+				}
+				resp, err := client.Post(echo+[]string{"/", "/?chunked"}[i/2%2], "application/octet-stream", body)
+				if err != nil {
+					t.Errorf("worker %d, request %d: %v", worker, i, err)
+					return
+				}
+				got, err := io.ReadAll(resp.Body)
+				resp.Body.Close()
+				if !bytes.Equal(got, data) || resp.StatusCode != 200 || err != nil {
+					t.Errorf("worker %d, request %d: %s, %d bytes of %d (%v)", worker, i, resp.Status, len(got), len(data), err)
+					return
+				}
+			}
+		}()
+	}
+	all.Wait()
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Responses that are refused
+
+func TestMalformedResponses(t *testing.T) {
+	p := startProxy(t, "MAX_HEADER=2KiB", "MAX_RESPONSE_BODY=1000")
+	const ok = "HTTP/1.1 200 OK\r\n"
+	const protocol, terminated, headSize, bodySize = "http_protocol_error", "connection_terminated", "http_response_header_section_size", "http_response_body_size"
+	for _, e := range []struct{ name, answer, token, word string }{
+		{"not HTTP", "220 mail.example ESMTP\r\n\r\n", protocol, ""},
+		{"TLS alert", "\x15\x03\x01\x00\x02\x02\x46", protocol, ""},
+		{"no status", "HTTP/1.1\r\n\r\n", protocol, ""},
+		{"short status", "HTTP/1.1 20 OK\r\n\r\n", protocol, ""},
+		{"long status", "HTTP/1.1 2000 OK\r\n\r\n", protocol, ""},
+		{"signed status", "HTTP/1.1 +20 OK\r\n\r\n", protocol, ""},
+		{"status below 100", "HTTP/1.1 099 OK\r\n\r\n", protocol, ""},
+		{"two spaces", "HTTP/1.1  200 OK\r\n\r\n", protocol, ""},
+		{"version 2.0", "HTTP/2.0 200 OK\r\n\r\n", protocol, ""},
+		{"version in lower case", "http/1.1 200 OK\r\n\r\n", protocol, ""},
+		{"control byte in reason", "HTTP/1.1 200 O\x00K\r\n\r\n", protocol, ""},
+		{"bare CR in reason", "HTTP/1.1 200 OK\rSet-Cookie: a\r\n\r\n", protocol, ""},
+		{"bare LF", "HTTP/1.1 200 OK\nContent-Length: 0\n\n", protocol, ""},
+		{"bare LF in a field", ok + "A: b\nContent-Length: 0\r\n\r\n", protocol, ""},
+		{"bare CR in a field", ok + "A: b\rContent-Length: 0\r\n\r\n", protocol, ""},
+		{"length and chunked", ok + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", protocol, ""},
+		{"gzip", ok + "Transfer-Encoding: gzip\r\n\r\n", protocol, ""},
+		{"gzip, chunked", ok + "Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", protocol, ""},
+		{"chunked twice", ok + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", protocol, ""},
+		{"chunked in HTTP/1.0", "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", protocol, ""},
+		{"differing lengths", ok + "Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!", protocol, ""},
+		{"signed length", ok + "Content-Length: +5\r\n\r\nhello", protocol, ""},
+		{"empty length", ok + "Content-Length:\r\n\r\nhello", protocol, ""},
+		{"list of lengths", ok + "Content-Length: 5, 6\r\n\r\nhello", protocol, ""},
+		{"overflowing length", ok + "Content-Length: 18446744073709551621\r\n\r\nhello", protocol, ""},
+		{"folded differing length", ok + "Content-Length: 5\r\n 6\r\n\r\nhello", protocol, ""},
+		{"invalid byte in a name", ok + "A\x00: b\r\n\r\n", protocol, ""},
+		{"invalid byte in a value", ok + "A: b\x00\r\n\r\n", protocol, ""},
+		{"no colon", ok + "A\r\n\r\n", protocol, ""},
+		{"empty name", ok + ": b\r\n\r\n", protocol, ""},
+		{"space before colon", ok + "Content-Length : 0\r\n\r\n", protocol, ""},
+		{"begins with a fold", ok + " A: b\r\n\r\n", protocol, ""},
+		{"101 not asked for", "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", protocol, ""},
+		{"head too large", ok + "A: " + strings.Repeat("b", 3000) + "\r\n\r\n", headSize, "SLUICE_MAX_HEADER"},
+		{"many fields", ok + strings.Repeat("A:\r\n", 700) + "\r\n", headSize, "SLUICE_MAX_HEADER"},
+		{"status line too large", "HTTP/1.1 200 " + strings.Repeat("b", 3000) + "\r\n\r\n", headSize, "SLUICE_MAX_HEADER"},
+		{"body too large", ok + "Content-Length: 1001\r\n\r\n" + strings.Repeat("b", 1001), bodySize, "SLUICE_MAX_RESPONSE_BODY"},
+		{"nothing", "", terminated, ""},
+		{"half a status line", "HTTP/1.1 20", terminated, ""},
+		{"half a head", ok + "Content-Length: 5\r\n", terminated, ""},
+		{"only a 1xx", "HTTP/1.1 103 Early Hints\r\n\r\n", terminated, ""},
+	} {
+		t.Run(e.name, func(t *testing.T) {
+			o, n, c := startOrigin(t), len(p.served()), p.dial(t)
+			c.send("%s", o.fill(plainRequest))
+			up := o.accept()
+			up.wants(o.fill(plainWants))
+			up.send("%s", e.answer)
+			up.CloseWrite()
+			if strings.HasPrefix(e.answer, "HTTP/1.1 103") {
+				c.wants("HTTP/1.1 103 Early Hints\r\n" + viaOne + "\r\n")
+			}
+			c.wantsRefusal("GET", 502, e.token, e.word)
+			wantsLogged(t, p.awaitServed(t, n), 502, e.token)
+			up.wantsEnd()
+		})
+	}
+	t.Run("reset", func(t *testing.T) {
+		o, n, c := startOrigin(t), len(p.served()), p.dial(t)
+		c.send("%s", o.fill(plainRequest))
+		up := o.accept()
+		up.wants(o.fill(plainWants))
+		up.SetLinger(0)
+		up.Close()
+		c.wantsRefusal("GET", 502, terminated)
+		wantsLogged(t, p.awaitServed(t, n), 502, terminated)
+		o.wantsNone()
+	})
+	t.Run("HEAD", func(t *testing.T) {
+		o, c := startOrigin(t), p.dial(t)
+		c.send("%s", o.fill(strings.Replace(plainRequest, "GET", "HEAD", 1)))
+		up := o.accept()
+		up.head()
+		up.Close()
+		c.wantsRefusal("HEAD", 502, terminated)
+		c.wantsInSync()
+	})
+	t.Run("limits met", func(t *testing.T) {
+		o, c := startOrigin(t), p.dial(t)
+		c.send("%s", o.fill(plainRequest))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n%01000d", 7)
+		if _, body := c.response("GET"); len(body) != 1000 {
+			t.Errorf("%d bytes", len(body))
+		}
+	})
+}
+
+// TestBrokenResponseBodies breaks responses that have begun: the client can tell from the connection's end.
+func TestBrokenResponseBodies(t *testing.T) {
+	p := startProxy(t, "MAX_RESPONSE_BODY=1000")
+	const chunked = "Transfer-Encoding: chunked\r\n"
+	const protocol, terminated, bodySize = "http_protocol_error", "connection_terminated", "http_response_body_size"
+	big := strings.Repeat("b", 1001)
+	for _, e := range []struct {
+		name, fields, rest string
+		reset              bool
+		token              string
+	}{
+		{"chunk size", chunked, "zz\r\nhello\r\n0\r\n\r\n", false, protocol},
+		{"chunk too large", chunked, "fffffffffffffffff\r\nhello\r\n0\r\n\r\n", false, protocol},
+		{"chunk with LF", chunked, "5\nhello\n0\n\n", false, protocol},
+		{"no CRLF after data", chunked, "5\r\nhello0\r\n\r\n", false, protocol},
+		{"bad trailer", chunked, "0\r\nA b: c\r\n\r\n", false, protocol},
+		{"bare LF at the end", chunked, "0\r\n\n", false, protocol},
+		{"chunk cut short", chunked, "9\r\nhello", false, terminated},
+		{"no last chunk", chunked, "5\r\nhello\r\n", false, terminated},
+		{"no end of trailers", chunked, "5\r\nhello\r\n0\r\nA: b\r\n", false, terminated},
+		{"chunked reset", chunked, "5\r\nhello\r\n", true, terminated},
+		{"length not met", "Content-Length: 100\r\n", "hello", false, terminated},
+		{"length reset", "Content-Length: 100\r\n", "hello", true, terminated},
+		{"chunked over the limit", chunked, "3e9\r\n" + big + "\r\n0\r\n\r\n", false, bodySize},
+		{"close-delimited over the limit", "", big, false, bodySize},
+		{"close-delimited reset", "", "hello", true, terminated},
+	} {
+		for _, version := range []string{"HTTP/1.1", "HTTP/1.0"} {
+			t.Run(e.name+" to "+version, func(t *testing.T) {
+				o, n, c := startOrigin(t), len(p.served()), p.dial(t)
+				c.send("%s", o.fill("GET http://{o}/ "+version+"\r\nHost: {o}\r\n\r\n"))
+				up := o.accept()
+				up.head()
+				up.send("HTTP/1.1 200 OK\r\n%s\r\n", e.fields)
+				resp, err := http.ReadResponse(c.br, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				up.send("%s", e.rest)
+				if e.reset {
+					up.SetLinger(0)
+					up.Close()
+				} else {
+					up.CloseWrite()
+				}
+				if body, err := io.ReadAll(resp.Body); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("the client takes %q for everything (%v)", body, err)
+				} else if len(body) > 1000 {
+					t.Errorf("%d bytes have passed", len(body))
+				}
+				wantsLogged(t, p.awaitServed(t, n), 0, e.token)
+				if !e.reset {
+					up.wantsEnd()
+				}
+			})
+		}
+	}
+}
+
+// TestPoisonedConnection has origins send more than the answer: nothing of it may meet the next request.
+func TestPoisonedConnection(t *testing.T) {
+	p := startProxy(t)
+	const poison = "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison"
+	for name, answer := range map[string]string{
+		"second response": "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi" + poison,
+		"after chunks":    "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n" + poison,
+		"body of a 304":   "HTTP/1.1 304 Not Modified\r\nContent-Length: 99\r\n\r\n" + poison,
+		"body of a 204":   "HTTP/1.1 204 No Content\r\nContent-Length: 99\r\n\r\n" + poison,
+	} {
+		t.Run(name, func(t *testing.T) {
+			o, c := startOrigin(t), p.dial(t)
+			c.send("%s", o.fill(plainRequest))
+			up := o.accept()
+			up.head()
+			up.send("%s", answer)
+			c.response("GET")
+			c.send("%s", o.fill(plainRequest))
+			up = o.accept()
+			up.wants(o.fill(plainWants))
+			up.send(plainAnswer)
+			if _, body := c.response("GET"); body != "hi" {
+				t.Errorf("got %q", body)
+			}
+		})
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Upgrade
+
+const upgradeFields = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+
+func TestUpgrade(t *testing.T) {
+	whole := t
+	p := startProxy(t)
+	t.Run("websocket", func(t *testing.T) {
+		o := originFor(t, whole)
+		c := p.dial(t)
+		c.send("%s", request("GET", "http://"+o.addr+"/chat", upgradeFields))
+		up := o.accept()
+		head := strings.ToLower(up.head())
+		for _, want := range []string{"\r\nconnection: upgrade\r\n", "\r\nupgrade: websocket\r\n", "\r\nsec-websocket-key: dghl", "get /chat http/1.1\r\n"} {
+			if !strings.Contains(head, want) {
+				t.Errorf("no %q in %q", want, head)
+			}
+		}
+		up.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n\x81\x05first")
+		answer := c.head()
+		for _, want := range []string{"HTTP/1.1 101 ", "\r\nUpgrade: websocket\r\n", "\r\nConnection: Upgrade\r\n", "\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"} {
+			if !strings.Contains(answer, want) {
+				t.Errorf("no %q in %q", want, answer)
+			}
+		}
+		c.wants("\x81\x05first")
+		for range 3 {
+			c.send("\x81\x84maskping")
+			up.wants("\x81\x84maskping")
+			up.send("\x81\x04ping")
+			c.wants("\x81\x04ping")
+		}
+		up.Close()
+		c.wantsEnd()
+		c.Close()
+		wantsFields(t, p.recordFor(t, "request", o.addr), map[string]any{"http.response.status_code": 101.0, "http.request.body.size": 30.0,
+			"http.response.body.size": 25.0, "close_reason": "upstream_closed", "level": "INFO", "url.path": "/chat"})
+	})
+	t.Run("answered with 200", func(t *testing.T) {
+		o := originFor(t, whole)
+		c := p.dial(t)
+		c.send("%s", request("GET", "http://"+o.addr+"/", upgradeFields))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nplain")
+		if resp, body := c.response("GET"); resp.StatusCode != 200 || body != "plain" || resp.Close {
+			t.Errorf("got %d %q", resp.StatusCode, body)
+		}
+		exchange1(c, o, up)
+	})
+	t.Run("h2c", func(t *testing.T) {
+		o := originFor(t, whole)
+		c := p.dial(t)
+		c.send("%s", request("GET", "http://"+o.addr+"/", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA"))
+		up := o.accept()
+		head := strings.ToLower(up.head())
+		if strings.Contains(head, "upgrade") || strings.Contains(head, "http2-settings") {
+			t.Errorf("passed on: %q", head)
+		}
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		c.response("GET")
+		exchange1(c, o, up)
+	})
+	t.Run("101 unasked", func(t *testing.T) {
+		o := originFor(t, whole)
+		c := p.dial(t)
+		c.send("%s", request("GET", "http://"+o.addr+"/"))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+		resp, body := c.response("GET")
+		wantsRefusal(t, resp, body, 502, "http_protocol_error")
+		up.wantsEnd()
+	})
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tunnels
+
+func TestTunnel(t *testing.T) {
+	whole := t
+	p := startProxy(t)
+	t.Run("bytes both ways", func(t *testing.T) {
+		o := originFor(t, whole)
+		c, up := p.openTunnel(t, o)
+		for i := range 20 {
+			c.send("ping %d", i)
+			up.wants(fmt.Sprintf("ping %d", i))
+			up.send("pong %d", i)
+			c.wants(fmt.Sprintf("pong %d", i))
+		}
+	})
+	t.Run("large both ways at once", func(t *testing.T) {
+		o := originFor(t, whole)
+		c, up := p.openTunnel(t, o)
+		toOrigin, toClient := noise(8<<20+1, 1), noise(9<<20+3, 2)
+		sentUp, sentDown := c.sending(toOrigin, true), up.sending(toClient, true)
+		received := make(chan []byte, 1)
+		go func() { b, _ := io.ReadAll(up.br); received <- b }()
+		sameBytes(t, "down", c.all(), toClient)
+		sameBytes(t, "up", <-received, toOrigin)
+		if err := <-sentUp; err != nil {
+			t.Error(err)
+		}
+		if err := <-sentDown; err != nil {
+			t.Error(err)
+		}
+		r := p.recordFor(t, "tunnel", o.addr)
+		wantsFields(t, r, map[string]any{"http.request.body.size": float64(len(toOrigin)), "http.response.body.size": float64(len(toClient))})
+		if why := r["close_reason"]; why != "client_closed" && why != "upstream_closed" {
+			t.Errorf("close_reason %v", why)
+		}
+	})
+	for _, n := range []int{1, 4000, 100_000} {
+		t.Run(fmt.Sprintf("%d bytes right behind the head", n), func(t *testing.T) {
+			o := originFor(t, whole)
+			c := p.dial(t)
+			early, late := noise(n, 3), noise(1000, 4)
+			sent := c.sending(append([]byte(request("CONNECT", o.addr)), early...), false)
+			up := o.accept()
+			if head := c.head(); !strings.HasPrefix(head, "HTTP/1.1 200 ") {
+				t.Fatalf("%q", head)
+			}
+			if err := <-sent; err != nil {
+				t.Fatal(err)
+			}
+			c.send("%s", late)
+			c.CloseWrite()
+			sameBytes(t, "up", up.all(), append(early, late...))
+			up.Close()
+			c.wantsEnd()
+			wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"http.request.body.size": float64(n + 1000), "http.response.body.size": 0.0,
+				"close_reason": "client_closed"})
+		})
+	}
+	t.Run("the origin speaks first", func(t *testing.T) {
+		o := originFor(t, whole)
+		c := p.dial(t)
+		c.send("CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", o.addr, o.addr)
+		o.accept().send("220 welcome\r\n")
+		if head := c.head(); !strings.HasPrefix(head, "HTTP/1.1 200 ") || strings.Contains(strings.ToLower(head), "content-length") || strings.Contains(strings.ToLower(head), "transfer-encoding") {
+			t.Errorf("%q", head)
+		}
+		c.wants("220 welcome\r\n")
+	})
+	t.Run("HTTP/1.0", func(t *testing.T) {
+		o := originFor(t, whole)
+		c := p.dial(t)
+		c.send("CONNECT %s HTTP/1.0\r\n\r\nhi", o.addr)
+		up := o.accept()
+		c.head()
+		up.wants("hi")
+	})
+	t.Run("refused", func(t *testing.T) {
+		addr := freeAddr(t)
+		resp, body := p.dial(t).ask("CONNECT", addr)
+		wantsRefusal(t, resp, body, 502, "connection_refused")
+		wantsFields(t, p.recordFor(t, "tunnel", addr), map[string]any{"level": "WARN", "error.type": "connection_refused", "http.response.status_code": 502.0})
+	})
+	t.Run("bad targets", func(t *testing.T) {
+		for _, target := range []string{"127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "http://127.0.0.1:80/", ":80", "ann:pw@127.0.0.1:80", "127.0.0.1:80/", "*"} {
+			c := p.dial(t)
+			c.send("CONNECT %s HTTP/1.1\r\nHost: any.test\r\n\r\n", target)
+			resp, body := c.response("CONNECT")
+			wantsRefusal(t, resp, body, 400, "http_request_error")
+		}
+	})
+}
+
+// Each side's end passes to the other side alone.
+func TestTunnelEnds(t *testing.T) {
+	whole := t
+	p := startProxy(t)
+	for _, c := range []struct {
+		name   string
+		end    func(client, origin *peer) (first, other *peer)
+		reason string
+	}{
+		{"the client closes first", func(client, origin *peer) (*peer, *peer) { return client, origin }, "client_closed"},
+		{"the origin closes first", func(client, origin *peer) (*peer, *peer) { return origin, client }, "upstream_closed"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			o := originFor(t, whole)
+			client, origin := p.openTunnel(t, o)
+			first, other := c.end(client, origin)
+			first.send("that is all")
+			first.CloseWrite()
+			if got := string(other.all()); got != "that is all" {
+				t.Errorf("got %q", got)
+			}
+			for range 5 { // the other direction flows on
+				other.send("more")
+				first.wants("more")
+			}
+			big := noise(1<<20, 5)
+			sent := other.sending(big, true)
+			sameBytes(t, "after the half-close", first.all(), big)
+			if err := <-sent; err != nil {
+				t.Error(err)
+			}
+			up, down := 11.0, 20.0+1<<20
+			if first == origin {
+				up, down = down, up
+			}
+			wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": c.reason, "http.request.body.size": up, "http.response.body.size": down,
+				"level": "INFO", "http.response.status_code": 200.0})
+		})
+	}
+	for _, resets := range []string{"client", "origin"} {
+		t.Run("the "+resets+" resets", func(t *testing.T) {
+			o := originFor(t, whole)
+			client, origin := p.openTunnel(t, o)
+			client.send("ping")
+			origin.wants("ping")
+			first, other := client, origin
+			if resets == "origin" {
+				first, other = origin, client
+			}
+			first.SetLinger(0)
+			first.Close()
+			if _, err := other.br.ReadByte(); err == nil || os.IsTimeout(err) || err == io.EOF {
+				t.Errorf("the other side got %v, want a reset", err)
+			}
+			wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "connection_error", "http.request.body.size": 4.0})
+		})
+	}
+	t.Run("a reset after a half-close is no plain end", func(t *testing.T) {
+		o := originFor(t, whole)
+		client, origin := p.openTunnel(t, o)
+		client.CloseWrite()
+		origin.wantsEnd()
+		origin.send("half an answer")
+		client.wants("half an answer")
+		origin.SetLinger(0)
+		origin.Close()
+		if _, err := client.br.ReadByte(); err == nil || os.IsTimeout(err) || err == io.EOF {
+			t.Errorf("the client got %v, want a reset", err)
+		}
+	})
+}
+
+// The tunnels are opened together and then looked at one after the other, so that the limits run at the same time.
+func TestTunnelTimeouts(t *testing.T) {
+	p := startProxy(t, "TUNNEL_IDLE_TIMEOUT=900ms", "TUNNEL_HALF_CLOSE_TIMEOUT=200ms", "TUNNEL_MAX_AGE=2s")
+	origins := map[string]*testOrigin{}
+	open := func(name string) (c, up *peer) {
+		origins[name] = startOrigin(t)
+		return p.openTunnel(t, origins[name])
+	}
+	begun := time.Now()
+	wants := func(name, reason string, least, most time.Duration) {
+		t.Helper()
+		r := p.recordFor(t, "tunnel", origins[name].addr)
+		lasted := time.Duration(r["duration_ms"].(float64) * float64(time.Millisecond))
+		if r["close_reason"] != reason || lasted < least || lasted > most {
+			t.Errorf("%s: close_reason %v after %v; want %s after %v to %v", name, r["close_reason"], lasted, reason, least, most)
+		}
+	}
+
+	idleC, idleUp := open("idle")
+	busyC, busyUp := open("bytes from the origin alone")
+	halfC, halfUp := open("half-closed by the client")
+	half2C, half2Up := open("half-closed by the origin")
+	stuckC, stuckUp := open("half-closed, and the client does not read")
+	halfC.CloseWrite()
+	half2Up.CloseWrite()
+	stuckC.CloseWrite()
+	stuck := stuckUp.sending(make([]byte, 64<<20), false)
+	var stop sync.WaitGroup
+	stop.Go(func() { // the busy tunnel's origin sends until the tunnel is cut
+		for err := error(nil); err == nil && time.Since(begun) < patience; time.Sleep(50 * time.Millisecond) {
+			_, err = io.WriteString(busyUp, "x")
+		}
+	})
+
+	halfUp.wantsEnd() // the half-close itself
+	half2C.wantsEnd()
+	wants("half-closed by the client", "half_close_timeout", 180*time.Millisecond, 800*time.Millisecond)
+	wants("half-closed by the origin", "half_close_timeout", 180*time.Millisecond, 800*time.Millisecond)
+	halfC.wantsEnd()
+	wants("half-closed, and the client does not read", "half_close_timeout", 180*time.Millisecond, 800*time.Millisecond)
+	if err := <-stuck; err == nil {
+		t.Error("64 MiB were taken from an origin whose client does not read")
+	}
+	idleC.wantsEnd()
+	idleUp.wantsEnd()
+	wants("idle", "idle_timeout", 850*time.Millisecond, 1800*time.Millisecond)
+	cpu, since := cpuTime(), time.Now()
+	stop.Wait()
+	if used, wall := cpuTime()-cpu, time.Since(since); used > wall/3 && wall > 200*time.Millisecond {
+		t.Errorf("a tunnel whose one direction has been quiet for TUNNEL_IDLE_TIMEOUT took %v of CPU time in %v", used, wall)
+	}
+	if got, _ := io.ReadAll(busyC.br); len(got) < 10 {
+		t.Errorf("%d bytes of the busy tunnel", len(got))
+	}
+	wants("bytes from the origin alone", "max_age", 1950*time.Millisecond, 3*time.Second)
+}
+
+// cpuTime is what this process has used so far.
+func cpuTime() time.Duration {
+	var u syscall.Rusage
+	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// TUNNEL_IDLE_TIMEOUT is about a tunnel in which nothing moves in either direction, and about nothing else.
+func TestTunnelIdleTimeoutIsNoOtherLimit(t *testing.T) {
+	p := startProxy(t, "TUNNEL_IDLE_TIMEOUT=300ms")
+	const pause = 900 * time.Millisecond // less than BODY_TIMEOUT
+	big := noise(16<<20, 6)
+	t.Run("one direction stalls while the other flows", func(t *testing.T) {
+		o := startOrigin(t)
+		c := p.dial(t)
+		c.send("CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", o.addr, o.addr)
+		up := o.accept()
+		c.head()
+		sent := up.sending(big, true)
+		for begun := time.Now(); time.Since(begun) < pause; time.Sleep(30 * time.Millisecond) {
+			c.send("x")
+			up.wants("x")
+		}
+		got, err := io.ReadAll(c.br)
+		if err != nil {
+			t.Errorf("read: %v", err)
+		}
+		sameBytes(t, "down", got, big)
+		<-sent
+	})
+	t.Run("a client that pauses in a response", func(t *testing.T) {
+		o := startOrigin(t)
+		c := p.dial(t)
+		c.send("%s", request("GET", "http://"+o.addr+"/"))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", len(big))
+		sent := up.sending(big, false)
+		c.head()
+		time.Sleep(pause)
+		got := make([]byte, len(big))
+		n, err := io.ReadFull(c.br, got)
+		if err != nil {
+			t.Errorf("read: %v", err)
+		}
+		sameBytes(t, "body", got[:n], big)
+		<-sent
+	})
+}
+
+// In this process a tunnel has four ends: those of the client and the origin, and the proxy's two.
+func TestIdleTunnelsHoldTwoDescriptors(t *testing.T) {
+	if countFiles() == 0 {
+		t.Skip("no /proc")
+	}
+	const tunnels = 200
+	p := startProxy(t)
+	o := startOrigin(t)
+	files, pipes := countFiles(), openPipes()
+	for i := range tunnels {
+		c, up := p.openTunnel(t, o)
+		data := noise(10_000+i, 7)
+		sentUp, sentDown := c.sending(data, false), up.sending(data, false)
+		c.wants(string(data))
+		up.wants(string(data))
+		<-sentUp
+		<-sentDown
+	}
+	eventually(t, "pipes to be given back", func() bool { return openPipes()-pipes <= 160 })
+	if n := countFiles() - files - (openPipes() - pipes); n > 4*tunnels+2 {
+		t.Errorf("%d descriptors for %d tunnels", n, tunnels)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Answers that Sluice makes itself
+
+// refusalCase is a request with the answer that it must get. {o} is an origin that is never dialled.
+type refusalCase struct {
+	name, request string
+	status        int
+	token         string
+	words         []string
+	dials         bool // {o} may be dialled
+}
+
+func (e refusalCase) run(t *testing.T, p *testProxy) {
+	o, n, c := startOrigin(t), len(p.served()), p.dial(t)
+	method, _, _ := strings.Cut(e.request, " ")
+	c.SetReadDeadline(time.Now().Add(patience / 2))
+	c.send("%s", o.fill(e.request))
+	c.wantsRefusal(method, e.status, e.token, e.words...)
+	r := p.awaitServed(t, n)
+	wantsLogged(t, r, e.status, e.token)
+	if !e.dials && r["network.peer.address"] != nil {
+		t.Errorf("dialled %v", r["network.peer.address"])
+	}
+	if method == "CONNECT" {
+		c.wantsEnd()
+	}
+}
+
+func TestSizeLimits(t *testing.T) {
+	p := startProxy(t, "MAX_HEADER=2KiB", "MAX_REQUEST_BODY=1000")
+	const post = "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\n"
+	long := strings.Repeat("b", 3000)
+	for _, e := range []refusalCase{
+		{name: "target", request: "GET http://{o}/" + long + " HTTP/1.1\r\nHost: {o}\r\n\r\n", status: 414, words: []string{"SLUICE_MAX_HEADER"}},
+		{name: "target without an end", request: "GET http://{o}/" + long, status: 414, words: []string{"SLUICE_MAX_HEADER"}},
+		{name: "field", request: get("A: " + long + "\r\n"), status: 431, words: []string{"SLUICE_MAX_HEADER"}},
+		{name: "fields", request: get(strings.Repeat("A: b\r\n", 500)), status: 431, words: []string{"SLUICE_MAX_HEADER"}},
+		{name: "fields without an end", request: "GET http://{o}/ HTTP/1.1\r\n" + strings.Repeat("A: b\r\n", 500), status: 431, words: []string{"SLUICE_MAX_HEADER"}},
+		{name: "many short fields", request: get(strings.Repeat("A:\r\n", 400)), status: 431},
+		{name: "length", request: post + "Content-Length: 1001\r\n\r\n" + strings.Repeat("b", 1001), status: 413, words: []string{"SLUICE_MAX_REQUEST_BODY"}},
+		{name: "length alone", request: post + "Expect: 100-continue\r\nContent-Length: 9000000000000000000\r\n\r\n", status: 413, words: []string{"SLUICE_MAX_REQUEST_BODY"}},
+		{name: "chunk", request: post + "Transfer-Encoding: chunked\r\n\r\n3e9\r\n" + strings.Repeat("b", 1001) + "\r\n0\r\n\r\n", status: 413, words: []string{"SLUICE_MAX_REQUEST_BODY"}, dials: true},
+		{name: "chunks", request: post + "Transfer-Encoding: chunked\r\n\r\n" + strings.Repeat("1\r\nb\r\n", 1001) + "0\r\n\r\n", status: 413, words: []string{"SLUICE_MAX_REQUEST_BODY"}, dials: true},
+	} {
+		e.token = "http_request_error"
+		t.Run(e.name, func(t *testing.T) { e.run(t, p) })
+	}
+	t.Run("chunks that come slowly", func(t *testing.T) {
+		o, c := startOrigin(t), p.dial(t)
+		c.send("%s", o.fill(post+"Transfer-Encoding: chunked\r\n\r\n"))
+		up := o.accept()
+		sent := bytes.NewBufferString(up.head())
+		for range 10 {
+			chunk := fmt.Sprintf("64\r\n%0100d\r\n", 0)
+			c.send("%s", chunk)
+			up.wants(chunk)
+			sent.WriteString(chunk)
+		}
+		c.send("1\r\nb\r\n0\r\n\r\n%s", o.fill(plainRequest))
+		c.wantsRefusal("POST", 413, "http_request_error", "SLUICE_MAX_REQUEST_BODY")
+		c.wantsEnd()
+		rest, _ := io.ReadAll(up.br)
+		sent.Write(rest)
+		if isMessage(sent.Bytes()) {
+			t.Errorf("the origin got %q", sent.Bytes())
+		}
+	})
+	exchangeCase{
+		request: post + "Transfer-Encoding: chunked\r\n\r\n3e8\r\n" + strings.Repeat("b", 1000) + "\r\n0\r\n\r\n",
+		wants:   "POST / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "Transfer-Encoding: chunked\r\n\r\n3e8\r\n" + strings.Repeat("b", 1000) + "\r\n0\r\n\r\n",
+	}.run(t, p)
+}
+
+// TestTimeLimits lets each limit run out.
+func TestTimeLimits(t *testing.T) {
+	p := startProxy(t, "HEADER_TIMEOUT=100ms", "RESPONSE_TIMEOUT=100ms", "BODY_TIMEOUT=100ms")
+	for name, request := range map[string]string{"half a line": "GET http://{o}/", "half a head": "GET http://{o}/ HTTP/1.1\r\nHost: {o}\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			refusalCase{request: request, status: 408, token: "http_request_error", words: []string{"SLUICE_HEADER_TIMEOUT"}}.run(t, p)
+		})
+	}
+	t.Run("head byte by byte", func(t *testing.T) {
+		n, c := len(p.served()), p.dial(t)
+		answered := make(chan struct{})
+		var sending sync.WaitGroup
+		sending.Add(1)
+		go func() {
+			defer sending.Done()
+			for {
+				io.WriteString(c.TCPConn, "A")
+				select {
+				case <-answered:
+					return
+				case <-time.After(10 * time.Millisecond):
+				}
+			}
+		}()
+		begun := time.Now()
+		c.wantsRefusal("GET", 408, "http_request_error", "SLUICE_HEADER_TIMEOUT")
+		if took := time.Since(begun); took > time.Second {
+			t.Errorf("took %v", took)
+		}
+		close(answered)
+		sending.Wait()
+		p.awaitServed(t, n)
+	})
+	t.Run("response", func(t *testing.T) {
+		o, n, c := startOrigin(t), len(p.served()), p.dial(t)
+		c.send("%s", o.fill(plainRequest))
+		up := o.accept()
+		up.head()
+		c.wantsRefusal("GET", 504, "http_response_timeout", "SLUICE_RESPONSE_TIMEOUT")
+		wantsLogged(t, p.awaitServed(t, n), 504, "http_response_timeout")
+		up.wantsEnd()
+	})
+	t.Run("response to a body", func(t *testing.T) {
+		o, n, c := startOrigin(t), len(p.served()), p.dial(t)
+		c.send("%s", o.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nTransfer-Encoding: chunked\r\n\r\n"))
+		up := o.accept()
+		up.head()
+		c.send("0\r\n\r\n")
+		up.wants("0\r\n\r\n")
+		up.send("HTTP/1.1 103 Early Hints\r\n\r\n")
+		c.wants("HTTP/1.1 103 Early Hints\r\n" + viaOne + "\r\n")
+		c.wantsRefusal("POST", 504, "http_response_timeout", "SLUICE_RESPONSE_TIMEOUT")
+		wantsLogged(t, p.awaitServed(t, n), 504, "http_response_timeout")
+		up.wantsEnd()
+	})
+	for name, fields := range map[string]string{"length": "Content-Length: 100\r\n", "large length": "Content-Length: 1000000\r\n", "chunked": "Transfer-Encoding: chunked\r\n", "close": ""} {
+		t.Run("response body, "+name, func(t *testing.T) {
+			o, n, c := startOrigin(t), len(p.served()), p.dial(t)
+			c.send("%s", o.fill(plainRequest))
+			up := o.accept()
+			up.head()
+			up.send("HTTP/1.1 200 OK\r\n%s\r\n5\r\nhello\r\n", fields)
+			resp, err := http.ReadResponse(c.br, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if body, err := io.ReadAll(resp.Body); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("the client takes %q for everything (%v)", body, err)
+			}
+			r := p.awaitServed(t, n)
+			wantsLogged(t, r, 200, "http_response_timeout")
+			if why, _ := r["error.message"].(string); !strings.Contains(why, "SLUICE_BODY_TIMEOUT") {
+				t.Errorf("the log says %q", why)
+			}
+			up.wantsEnd()
+		})
+	}
+	for name, body := range map[string]string{"length": "Content-Length: 100\r\n\r\nhello", "large length": "Content-Length: 1000000\r\n\r\nhello", "chunked": "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"} {
+		t.Run("request body, "+name, func(t *testing.T) {
+			o, n, c := startOrigin(t), len(p.served()), p.dial(t)
+			c.send("%s", o.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\n"+body))
+			c.wantsRefusal("POST", 408, "http_request_error", "SLUICE_BODY_TIMEOUT")
+			c.wantsEnd()
+			wantsLogged(t, p.awaitServed(t, n), 408, "http_request_error")
+			sent, _ := io.ReadAll(o.accept().br)
+			if isMessage(sent) || !strings.Contains(string(sent), "hello") {
+				t.Errorf("the origin got %q", sent)
+			}
+		})
+	}
+}
+
+// TestDestinations refuses ports, addresses, and what leads back to the proxy, to requests and to CONNECT alike.
+func TestDestinations(t *testing.T) {
+	p := startProxy(t, "ALLOW_CIDRS=", "ALLOW_PORTS=80,1024-65535")
+	closed := startOrigin(t)
+	_, port, _ := net.SplitHostPort(closed.addr)
+	own, admin := p.addr[strings.LastIndex(p.addr, ":"):], p.admin[strings.LastIndex(p.admin, ":"):]
+	cases := []struct {
+		to     string
+		status int
+		token  string
+		word   string
+	}{
+		{"192.0.2.1:81", 403, "http_request_denied", "SLUICE_ALLOW_PORTS"},
+		{"host.invalid:1023", 403, "http_request_denied", "SLUICE_ALLOW_PORTS"},
+		{p.addr, 502, "proxy_loop_detected", ""},
+		{p.admin, 502, "proxy_loop_detected", ""},
+		{"localhost" + own, 502, "proxy_loop_detected", ""},
+		{"LOCALHOST." + admin, 502, "proxy_loop_detected", ""},
+		{"0.0.0.0" + own, 502, "proxy_loop_detected", ""},
+		{"[::ffff:127.0.0.1]" + own, 502, "proxy_loop_detected", ""},
+	}
+	for _, host := range []string{"127.0.0.1", "127.0.0.1.", "127.1.2.3", "localhost", "LocalHost.", "0.0.0.0", "0.1.2.3", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "169.254.169.254",
+		"100.64.0.1", "192.0.0.1", "192.0.2.1", "198.18.0.1", "198.51.100.1", "203.0.113.1", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255",
+		"[::]", "[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::ffff:10.0.0.1]", "[::127.0.0.1]", "[::7f00:1]", "[64:ff9b::127.0.0.1]", "[64:ff9b::a00:1]", "[64:ff9b:1::7f00:1]", "[2002:7f00:1::]",
+		"[2002:a00:1::1]", "[fe80::1]", "[fec0::1]", "[fc00::1]", "[fd00:ec2::254]", "[ff02::1]", "[2001:db8::1]", "[2001::1]", "[100::1]"} {
+		cases = append(cases, struct {
+			to     string
+			status int
+			token  string
+			word   string
+		}{host + ":" + port, 403, "destination_ip_prohibited", "SLUICE_ALLOW_CIDRS"})
+	}
+	for _, e := range cases {
+		words := []string{e.word}
+		t.Run("GET "+e.to, func(t *testing.T) {
+			refusalCase{request: "GET http://" + e.to + "/ HTTP/1.1\r\nHost: a\r\n\r\n", status: e.status, token: e.token, words: words}.run(t, p)
+		})
+		t.Run("CONNECT "+e.to, func(t *testing.T) {
+			refusalCase{request: "CONNECT " + e.to + " HTTP/1.1\r\nHost: a\r\n\r\n" + plainRequest, status: e.status, token: e.token, words: words}.run(t, p)
+		})
+	}
+	closed.wantsNone()
+}
+
+// TestLoopsAndFailures covers what fails on the way to an allowed origin, for requests and CONNECT.
+func TestLoopsAndFailures(t *testing.T) {
+	p := startProxy(t, "ALLOW_CIDRS=127.0.0.0/8,255.255.255.255/32")
+	const gone = "127.0.0.1:1" // nobody listens there; the port of an origin that has closed may come again
+	for _, e := range []refusalCase{
+		{name: "own name in Via", request: get("Via: 1.1 sluice-test\r\n"), status: 502, token: "proxy_loop_detected", words: []string{"SLUICE_NAME"}},
+		{name: "own name among others", request: get("Via: 1.0 a, HTTP/1.1 Sluice-Test (b)\r\nVia: 1.1 c\r\n"), status: 502, token: "proxy_loop_detected"},
+		{name: "own name in a second Via", request: get("Via: 1.1 a\r\nVia: 1.1\tsluice-test\r\n"), status: 502, token: "proxy_loop_detected"},
+		{name: "CONNECT with own name in Via", request: "CONNECT {o} HTTP/1.1\r\nHost: {o}\r\nVia: 1.1 sluice-test\r\n\r\n" + plainRequest, status: 502, token: "proxy_loop_detected"},
+		{name: "refused", request: strings.ReplaceAll(plainRequest, "{o}", gone), status: 502, token: "connection_refused", words: []string{gone}},
+		{name: "CONNECT refused", request: "CONNECT " + gone + " HTTP/1.1\r\nHost: a\r\n\r\n" + plainRequest, status: 502, token: "connection_refused"},
+		{name: "unroutable", request: "GET http://255.255.255.255:80/ HTTP/1.1\r\nHost: a\r\n\r\n", status: 502, token: "destination_ip_unroutable"},
+		{name: "CONNECT unroutable", request: "CONNECT 255.255.255.255:80 HTTP/1.1\r\nHost: a\r\n\r\n", status: 502, token: "destination_ip_unroutable"},
+		{name: "CONNECT without port", request: "CONNECT 127.0.0.1 HTTP/1.1\r\nHost: a\r\n\r\n" + plainRequest, status: 400, token: "http_request_error"},
+		{name: "CONNECT with port 0", request: "CONNECT 127.0.0.1:0 HTTP/1.1\r\nHost: a\r\n\r\n" + plainRequest, status: 400, token: "http_request_error"},
+		{name: "CONNECT with a URL", request: "CONNECT http://{o}/ HTTP/1.1\r\nHost: a\r\n\r\n" + plainRequest, status: 400, token: "http_request_error"},
+		{name: "CONNECT with a path", request: "CONNECT {o}/ HTTP/1.1\r\nHost: a\r\n\r\n" + plainRequest, status: 400, token: "http_request_error"},
+		{name: "CONNECT with user info", request: "CONNECT u@{o} HTTP/1.1\r\nHost: a\r\n\r\n" + plainRequest, status: 400, token: "http_request_error"},
+		{name: "CONNECT to a short address", request: "CONNECT 127.1:443 HTTP/1.1\r\nHost: a\r\n\r\n" + plainRequest, status: 400, token: "http_request_error"},
+		{name: "CONNECT without Host", request: "CONNECT {o} HTTP/1.1\r\n\r\n" + plainRequest, status: 400, token: "http_request_error"},
+		{name: "connect in lower case", request: "connect {o} HTTP/1.1\r\nHost: a\r\n\r\n" + plainRequest, status: 400, token: "http_request_error"},
+	} {
+		t.Run(e.name, func(t *testing.T) { e.run(t, p) })
+	}
+}
+
+// TestRefusalsAreNotDestroyed has clients read a refusal only when all of a large body is sent: bytes that the proxy left
+// unread would have reset the connection (RFC 9112, 9.6).
+func TestRefusalsAreNotDestroyed(t *testing.T) {
+	p := startProxy(t, "MAX_REQUEST_BODY=4MiB")
+	const gone, size = "127.0.0.1:1", 4 << 20
+	body := strings.Repeat("GET http://127.0.0.1:9/ HTTP/1.1\r\nHost: a\r\n\r\n", size/48+1)
+	for name, e := range map[string]struct {
+		request, token string
+		status         int
+	}{
+		"length":    {fmt.Sprintf("POST http://%s/ HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n", gone, size), "connection_refused", 502},
+		"chunked":   {fmt.Sprintf("POST http://%s/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n", gone, size), "connection_refused", 502},
+		"malformed": {"GET /a HTTP/1.1\r\nHost: a\r\n\r\n", "http_request_error", 400},
+		"too large": {fmt.Sprintf("POST http://%s/ HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n", gone, size+1), "http_request_error", 413},
+		"CONNECT":   {fmt.Sprintf("CONNECT %s HTTP/1.1\r\nHost: a\r\n\r\n", gone), "connection_refused", 502},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := p.dial(t)
+			c.send("%s", e.request+body)
+			c.wantsRefusal("POST", e.status, e.token)
+			if b, err := c.br.ReadByte(); err != io.EOF {
+				t.Errorf("then %q, %v", b, err)
+			}
+		})
+	}
+}
+
+// startNameServer runs a resolver for tests. The first label says what it answers: an rcode, "silent", or IPv4 addresses
+// as in "a10-0-0-1.test". What it is silent about it answers when the next question comes, since a lookup that was given up
+// keeps its socket until then.
+func startNameServer(t *testing.T) string {
+	s, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go answerNames(s, ended)
+	t.Cleanup(func() {
+		s.Close()
+		<-ended
+	})
+	return s.LocalAddr().String()
+}
+
+func answerNames(s net.PacketConn, ended chan<- struct{}) {
+	defer close(ended)
+	b := make([]byte, 1500)
+	var late []func()
+	for {
+		n, from, err := s.ReadFrom(b)
+		if err != nil {
+			return
+		}
+		end := 12 // of the question, behind the header (RFC 1035, 4.1)
+		for end < n && b[end] != 0 {
+			end += 1 + int(b[end])
+		}
+		end += 5
+		label := strings.ToLower(string(b[13 : 13+b[12]]))
+		reply := append([]byte{b[0], b[1], 0x81, 0x80, 0, 1, 0, 0, 0, 0, 0, 0}, b[12:end]...)
+		switch {
+		case label == "silent":
+			reply[3] |= 2
+			late = append(late, func() { s.WriteTo(reply, from) })
+			continue
+		case label == "servfail":
+			reply[3] |= 2
+		case label[0] != 'a':
+			reply[3] |= 3
+		case binary.BigEndian.Uint16(b[end-4:]) == 1:
+			for text := range strings.SplitSeq(label[1:], "a") {
+				ip := net.ParseIP(strings.ReplaceAll(text, "-", ".")).To4()
+				reply = append(reply, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, ip[0], ip[1], ip[2], ip[3])
+				reply[7]++
+			}
+		}
+		s.WriteTo(reply, from)
+		for _, answer := range late {
+			answer()
+		}
+		late = nil
+	}
+}
+
+// TestNameFailures resolves names by a resolver of the test's own.
+func TestNameFailures(t *testing.T) {
+	server := startNameServer(t)
+	p := startProxy(t, "DNS_SERVERS="+server, "DNS_TIMEOUT=200ms")
+	o := startOrigin(t)
+	_, port, _ := net.SplitHostPort(o.addr)
+	for _, e := range []struct {
+		name   string
+		status int
+		token  string
+		word   string
+	}{
+		{"nosuch.test", 502, "dns_error", "nosuch.test"},
+		{"servfail.test", 502, "dns_error", "servfail.test"},
+		{"silent.test", 504, "dns_timeout", "SLUICE_DNS_TIMEOUT"},
+		{"a10-0-0-1.test", 403, "destination_ip_prohibited", "SLUICE_ALLOW_CIDRS"},
+		{"a10-0-0-1a169-254-169-254.test", 403, "destination_ip_prohibited", "SLUICE_ALLOW_CIDRS"},
+		{"a0-0-0-0.test", 403, "destination_ip_prohibited", "SLUICE_ALLOW_CIDRS"},
+	} {
+		for _, request := range []string{"GET http://%s/ HTTP/1.1\r\nHost: a\r\n\r\n", "CONNECT %s HTTP/1.1\r\nHost: a\r\n\r\n"} {
+			t.Run(e.name, func(t *testing.T) {
+				refusalCase{request: fmt.Sprintf(request, e.name+".:"+port), status: e.status, token: e.token, words: []string{e.word}}.run(t, p)
+			})
+		}
+	}
+	for _, name := range []string{"a127-0-0-1.test", "a10-0-0-1a127-0-0-1.test"} { // forbidden addresses are left out
+		c := p.dial(t)
+		c.send("GET http://%s.:%s/ HTTP/1.1\r\nHost: a\r\n\r\n", name, port)
+		up := o.accept()
+		up.head()
+		up.send(plainAnswer)
+		c.wants(plainGets)
+	}
+}
+
+// TestDraining answers a request that began before the drain and ends after it.
+func TestDraining(t *testing.T) {
+	p := startProxy(t, "DRAIN_TIMEOUT=5s")
+	o := startOrigin(t)
+	c := p.dial(t)
+	c.send("%s", o.fill("GET http://{o}/ HTTP/1.1\r\n"))
+	served := p.dial(t)
+	served.send("%s", o.fill(plainRequest))
+	up := o.accept()
+	up.head()
+	idle := p.dial(t)
+	idle.wantsInSync()
+	c.send("A: b\r\n")
+	begun := make(chan struct{})
+	go func() {
+		defer close(begun)
+		p.stop()
+	}()
+	p.log.await(t, "draining", 1)
+	idle.wantsEnd()
+	c.send("Host: a\r\n\r\n")
+	c.wantsRefusal("GET", 503, "connection_limit_reached", "drain")
+	c.wantsEnd()
+	up.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi") // the one that is under way is served
+	if resp, body := served.response("GET"); body != "hi" || !resp.Close {
+		t.Errorf("got %s, %q, close: %v", resp.Status, body, resp.Close)
+	}
+	served.wantsEnd()
+	c.Close()
+	<-begun
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Logs
+
+func TestRecords(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
+		n, _ := io.Copy(io.Discard, r.Body)
+		fmt.Fprintf(w, "%d bytes", n)
+	})
+	const trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+	p := startProxy(t)
+	c := p.dial(t)
+	for i := range 2 {
+		c.send("POST http://%s/a/b?token=s3cret HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\ntraceparent: 00-%s-00f067aa0ba902b7-01\r\n\r\n5;x\r\nhello\r\n3\r\nyou\r\n0\r\n\r\n",
+			origin, origin, trace)
+		if resp, body := c.response("POST"); resp.StatusCode != 200 || body != "8 bytes" {
+			t.Fatalf("got %d %q", resp.StatusCode, body)
+		}
+		r := p.log.await(t, "request", i+1)
+		wantsFields(t, r, map[string]any{"level": "INFO", "client.address": "127.0.0.1", "http.request.method": "POST", "url.scheme": "http",
+			"server.address": "127.0.0.1", "server.port": portOf(origin), "url.path": "/a/b", "network.protocol.version": "1.1", "network.peer.address": "127.0.0.1",
+			"http.response.status_code": 200.0, "http.request.body.size": 8.0, "http.response.body.size": 7.0, "upstream_reused": i == 1, "trace_id": trace})
+		wantsRecordShape(t, r)
+		for _, absent := range []string{"url.query", "error.type", "error.message", "close_reason"} {
+			if v, ok := r[absent]; ok {
+				t.Errorf("%s: %v", absent, v)
+			}
+		}
+	}
+	o := startOrigin(t)
+	c = p.dial(t)
+	c.send("%s", request("CONNECT", o.addr, "traceparent: 00-"+trace+"-00f067aa0ba902b7-01"))
+	up := o.accept()
+	c.head()
+	c.send("12345")
+	up.wants("12345")
+	up.send("123")
+	c.wants("123")
+	c.Close()
+	up.wantsEnd()
+	up.Close()
+	r := p.log.await(t, "tunnel", 1)
+	wantsFields(t, r, map[string]any{"level": "INFO", "client.address": "127.0.0.1", "http.request.method": "CONNECT", "server.address": "127.0.0.1",
+		"server.port": portOf(o.addr), "network.protocol.version": "1.1", "network.peer.address": "127.0.0.1", "http.response.status_code": 200.0,
+		"http.request.body.size": 5.0, "http.response.body.size": 3.0, "close_reason": "client_closed", "trace_id": trace})
+	wantsRecordShape(t, r)
+
+	addr := freeAddr(t)
+	resp, _ := p.dial(t).ask("GET", "http://"+addr+"/")
+	if resp.StatusCode != 502 {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+	r = p.recordFor(t, "request", addr)
+	wantsFields(t, r, map[string]any{"level": "WARN", "error.type": "connection_refused", "http.response.status_code": 502.0})
+	if text, _ := r["error.message"].(string); !strings.Contains(text, "refused") {
+		t.Errorf("error.message %q", text)
+	}
+	wantsRecordShape(t, r)
+	p.log.await(t, "client connected", 3)
+	if strings.Contains(p.log.all(), "s3cret") {
+		t.Error("a query string was logged")
+	}
+}
+
+func portOf(addr string) float64 { return float64(netip.MustParseAddrPort(addr).Port()) }
+
+// wantsRecordShape checks what holds for every record of a request or tunnel.
+func wantsRecordShape(t *testing.T, r map[string]any) {
+	t.Helper()
+	if d, ok := r["duration_ms"].(float64); !ok || d < 0 || d > 60_000 {
+		t.Errorf("duration_ms: %#v", r["duration_ms"])
+	}
+	if at, err := time.Parse(time.RFC3339Nano, fmt.Sprint(r["time"])); err != nil || time.Since(at) > time.Minute {
+		t.Errorf("time: %v", r["time"])
+	}
+	for name, v := range r {
+		switch v.(type) {
+		case string, float64, bool:
+		default:
+			t.Errorf("%s is not flat: %#v", name, v)
+		}
+	}
+}
+
+// What clients send never breaks a record, and what they must keep secret never gets into one.
+func TestHostileRequestsInLogs(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	p := startProxy(t)
+	get := "GET http://" + origin
+	const end = " HTTP/1.1\r\nHost: x.test\r\n\r\n"
+	for _, raw := range []string{
+		get + `/a"b\c%0a%00<x>` + "`{}|^'" + end,
+		get + "/\x1b[31mred\x07" + end,
+		get + "/\xff\xfe\xc3" + end,
+		get + "/line\nbreak" + end,
+		get + "/cr\rbreak" + end,
+		get + "/nul\x00" + end,
+		"GET http://ho\"st\x00.test/" + end,
+		"GET http://ann:topsecret@" + origin + "/" + end,
+		"GET https://ann:topsecret@" + origin + "/" + end,
+		"GET ftp://ann:topsecret@" + origin + "/" + end,
+		"GET http://ann:topsecret@" + origin + "/#f" + end,
+		"GET http://127.0.0.1:99999/?q=topsecret" + end,
+		"GET /?q=topsecret" + end,
+		"CONNECT ann:topsecret@" + origin + end,
+		"TRACE http://" + origin + "/ HTTP/1.1\r\nHost: x.test\r\nMax-Forwards: 0\r\nAuthorization: Bearer topsecret\r\n\r\n",
+		get + "/ HTTP/1.1\r\nHost: x.test\r\nProxy-Authorization: Basic dG9wc2VjcmV0\r\nAuthorization: Bearer topsecret\r\nCookie: id=topsecret\r\n\r\n",
+		get + "/ HTTP/1.1\r\nHost: x.test\r\nProxy-Authorization: Basic dG9wc2VjcmV0\r\nBad Field: topsecret\r\n\r\n",
+		get + "/ HTTP/1.1\r\nHost: x.test\r\nProxy-Authorization : Basic dG9wc2VjcmV0\r\n\r\n",
+		"GET http://" + origin + "/?q=topsecret HTTP/1.1\r\nHost: ann:topsecret@x.test\r\n\r\n",
+		"GET http://127.0.0.1:1/?q=topsecret" + end,
+		"G\"T http://" + origin + "/" + end,
+		"GET\\\x7f http://" + origin + "/" + end,
+		"\x16\x03\x01\x02\x00topsecret" + end,
+		"M" + strings.Repeat("X", 5000) + " http://" + origin + "/" + end,
+		get + "/" + strings.Repeat("long", 3000) + end,
+	} {
+		c := p.dial(t)
+		c.send("%s", raw)
+		c.CloseWrite()
+		if answer, err := io.ReadAll(c.br); err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 ") {
+			t.Errorf("%q: got %q, %v", raw, answer, err)
+		}
+	}
+	p.stop()
+	n := 0
+	for _, r := range p.log.records(t) { // that each line is JSON is checked there
+		if r["msg"] == "request" || r["msg"] == "tunnel" {
+			n++
+			wantsRecordShape(t, r)
+		}
+	}
+	if n != 25 {
+		t.Errorf("%d records for 25 requests", n)
+	}
+	log := p.log.all()
+	for _, secret := range []string{"topsecret", "dG9wc2VjcmV0"} {
+		if i := strings.Index(log, secret); i >= 0 {
+			t.Errorf("logged: %q", log[max(0, i-200):i+20])
+		}
+	}
+	if r := p.log.await(t, "request", 1); r["url.path"] != `/a"b\c%0a%00<x>`+"`{}|^'" {
+		t.Errorf("url.path %q", r["url.path"])
+	}
+	for line := range strings.Lines(log) {
+		if strings.ContainsFunc(strings.TrimSuffix(line, "\n"), func(r rune) bool { return r < ' ' || r == 0x7f || r == 0xfffd }) || len(line) > 8<<10 {
+			t.Errorf("control bytes or %d bytes in a line: %.300q", len(line), line)
+		}
+	}
+}
+
+func TestTraceID(t *testing.T) {
+	p := startProxy(t)
+	const id, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+	for i, c := range []struct{ traceparent, want string }{
+		{"00-" + id + "-" + parent + "-01", id},
+		{"00-" + id + "-" + parent + "-00", id},
+		{"cc-" + id + "-" + parent + "-01-what-the-future-will-be-like", id},
+		{"00-" + id + "-" + parent, ""},
+		{"00-" + strings.Repeat("0", 32) + "-" + parent + "-01", ""},
+		{"00-" + id + "-" + strings.Repeat("0", 16) + "-01", ""},
+		{"00-" + strings.Repeat("z", 32) + "-" + parent + "-01", ""},
+		{"00-" + strings.ToUpper(id) + "-" + parent + "-01", ""},
+		{"ff-" + id + "-" + parent + "-01", ""},
+		{"zz-" + id + "-" + parent + "-01", ""},
+		{"00-" + id + "-" + parent + "-01-more", ""},
+		{"00_" + id + "_" + parent + "_01", ""},
+		{id, ""},
+		{"", ""},
+	} {
+		p.dial(t).ask("OPTIONS", "http://any.test", "Max-Forwards: 0", "Traceparent: "+c.traceparent)
+		if got, _ := p.log.await(t, "request", i+1)["trace_id"].(string); got != c.want {
+			t.Errorf("%q: trace_id %q, want %q", c.traceparent, got, c.want)
+		}
+	}
+}
+
+func TestLogQuery(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	p := startProxy(t, "LOG_QUERY=true")
+	c := p.dial(t)
+	for i, want := range []struct{ target, path, query string }{{"/p?a=1&b=%20?", "/p", "a=1&b=%20?"}, {"/p", "/p", ""}, {"/?only", "/", "only"}} {
+		c.ask("GET", "http://"+origin+want.target)
+		r := p.log.await(t, "request", i+1)
+		query, _ := r["url.query"].(string)
+		if r["url.path"] != want.path || query != want.query {
+			t.Errorf("%s: path %q, query %q", want.target, r["url.path"], query)
+		}
+	}
+}
+
+func TestLogSample(t *testing.T) {
+	for _, c := range []struct {
+		sample      string
+		least, most int // info records of 400 requests
+	}{{"info=0", 0, 0}, {"info=0.5", 130, 270}, {"debug=0,info=1", 400, 400}} {
+		t.Run(c.sample, func(t *testing.T) {
+			p := startProxy(t, "LOG_SAMPLE="+c.sample)
+			client := p.dial(t)
+			one := request("OPTIONS", "http://any.test", "Max-Forwards: 0")
+			sent := client.sending([]byte(strings.Repeat(one, 400)), false)
+			for range 400 {
+				client.response("OPTIONS")
+			}
+			<-sent
+			for range 5 {
+				p.dial(t).ask("GET", "/") // refused with 400
+			}
+			p.stop()
+			levels := map[any]int{}
+			for _, r := range p.log.records(t) {
+				if r["msg"] == "request" {
+					levels[r["level"]]++
+				}
+			}
+			if levels["WARN"] != 5 || levels["INFO"] < c.least || levels["INFO"] > c.most {
+				t.Errorf("%v; want 5 WARN and %d to %d INFO", levels, c.least, c.most)
+			}
+			p.log.await(t, "stopped", 1)
+		})
+	}
+}
+
+func TestLogLevelAndFormat(t *testing.T) {
+	t.Run("warn", func(t *testing.T) {
+		var log logSink
+		p, stop := runProxy(t, &log, "LOG_LEVEL=warn")
+		p.dial(t).ask("OPTIONS", "http://any.test", "Max-Forwards: 0")
+		p.dial(t).ask("GET", "/")
+		stop()
+		records := log.records(t)
+		if len(records) != 1 || records[0]["level"] != "WARN" || records[0]["http.response.status_code"] != 400.0 {
+			t.Errorf("%v", records)
+		}
+	})
+	t.Run("text", func(t *testing.T) {
+		var log logSink
+		origin := serveAt(t, "127.0.0.1:0", nil)
+		p, stop := runProxy(t, &log, "LOG_FORMAT=text")
+		p.dial(t).ask("GET", "http://"+origin+`/path"with"quotes=1?x`, "traceparent: \xff\x80")
+		stop()
+		text := log.all()
+		if !strings.Contains(text, "request") || !strings.Contains(text, "http.response.status_code=200") || strings.HasPrefix(text, "{") || strings.Contains(text, "\x1b") {
+			t.Errorf("%q", text)
+		}
+		if n := strings.Count(text, "\n"); n != 4 { // listening, request, draining, stopped
+			t.Errorf("%d lines: %q", n, text)
+		}
+	})
+}
+
+// stuckWriter blocks until its gate is closed.
+type stuckWriter struct {
+	logSink
+	gate chan struct{}
+}
+
+func (w *stuckWriter) Write(p []byte) (int, error) {
+	<-w.gate
+	return w.logSink.Write(p)
+}
+
+func TestBlockedStdout(t *testing.T) {
+	log := &stuckWriter{gate: make(chan struct{})}
+	release := sync.OnceFunc(func() { close(log.gate) })
+	p, _ := runProxy(t, log, "LOG_BUFFER=10")
+	t.Cleanup(release) // before the proxy is stopped
+	c := p.dial(t)
+	begun := time.Now()
+	for range 100 {
+		if resp, _ := c.ask("OPTIONS", "http://any.test", "Max-Forwards: 0"); resp.StatusCode != 200 {
+			t.Fatalf("status %d", resp.StatusCode)
+		}
+	}
+	if took := time.Since(begun); took > 2*time.Second {
+		t.Errorf("100 requests took %v", took)
+	}
+	if log.all() != "" {
+		t.Fatal("the writer did not block")
+	}
+	release()
+	var written, dropped int
+	eventually(t, "the number of dropped records", func() bool {
+		written, dropped = 0, 0
+		for _, r := range log.records(t) {
+			if r["msg"] == "request" {
+				written++
+			} else if strings.Contains(fmt.Sprint(r["msg"]), "dropped") {
+				n, _ := r["count"].(float64)
+				dropped += int(n)
+			}
+		}
+		return written+dropped == 100
+	})
+	if written > 10 || written < 1 {
+		t.Errorf("%d written, %d dropped with LOG_BUFFER=10", written, dropped)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Drain
+
+// draining begins the drain and returns when it has begun; the channel tells how long it took.
+func (p *testProxy) draining(t *testing.T) <-chan time.Duration {
+	t.Helper()
+	took, begun := make(chan time.Duration, 1), time.Now()
+	go func() { p.stop(); took <- time.Since(begun) }()
+	eventually(t, "/readyz to say 503", func() bool { return adminStatus(p.admin, "/readyz") == 503 })
+	return took
+}
+
+func TestDrainLetsRequestsFinish(t *testing.T) {
+	p := startProxy(t, "DRAIN_TIMEOUT=8s")
+	o := startOrigin(t)
+	idle := p.dial(t)
+	kept := exchange1(idle, o, nil)
+	p.log.await(t, "request", 1) // it is in the pool
+	fresh := p.dial(t)           // has not sent anything
+	slow := p.dial(t)
+	slow.send("%s", request("GET", "http://"+o.addr+"/slow"))
+	kept.head()
+	streaming := p.dial(t)
+	streaming.send("%s", request("GET", "http://"+o.addr+"/streaming"))
+	stream := o.accept()
+	stream.head()
+	stream.send("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nfirst")
+	streaming.head()
+	streaming.wants("first")
+	if adminStatus(p.admin, "/readyz") != 200 || adminStatus(p.admin, "/healthz") != 200 {
+		t.Error("not ready, or not alive")
+	}
+	p.log.await(t, "client connected", 4)
+
+	took := p.draining(t)
+	idle.wantsEnd()
+	fresh.wantsEnd()
+	if status := adminStatus(p.admin, "/healthz"); status != 200 {
+		t.Errorf("/healthz says %d", status)
+	}
+	if status, _, stderr := sluice([]string{"health"}, "SLUICE_ADMIN="+p.admin); status != 1 || stderr == "" {
+		t.Errorf("health: status %d, %q", status, stderr)
+	}
+	eventually(t, "new connections to be refused", func() bool {
+		c, err := net.Dial("tcp", p.addr)
+		if err == nil {
+			c.Close()
+		}
+		return err != nil
+	})
+	slow.send("%s", request("GET", "http://"+o.addr+"/too-late"))
+	kept.send("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ndone")
+	if resp, body := slow.response("GET"); resp.StatusCode != 200 || body != "done" || !resp.Close {
+		t.Errorf("got %d %q, Connection: close %v", resp.StatusCode, body, resp.Close)
+	}
+	slow.wantsEnd()
+	stream.send("-last")
+	streaming.wants("-last")
+	streaming.wantsEnd()
+	kept.wantsEnd() // without the request that came too late
+	if took := <-took; took > 4*time.Second {
+		t.Errorf("the drain took %v", took)
+	}
+}
+
+func TestDrainCutsWhatIsLeft(t *testing.T) {
+	const limit = 700 * time.Millisecond
+	p := startProxy(t, "DRAIN_TIMEOUT="+limit.String())
+	o, hanging := startOrigin(t), startOrigin(t)
+	c, up := p.openTunnel(t, o)
+	waiting := p.dial(t)
+	waiting.send("%s", request("GET", "http://"+hanging.addr+"/"))
+	hanging.accept().head()
+	took := p.draining(t)
+	for range 3 {
+		c.send("ping")
+		up.wants("ping")
+		up.send("pong")
+		c.wants("pong")
+	}
+	c.wantsEnd()
+	up.wantsEnd()
+	waiting.wantsEnd()
+	if took := <-took; took < limit || took > limit+500*time.Millisecond {
+		t.Errorf("the drain took %v", took)
+	}
+	wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "drain", "http.request.body.size": 12.0, "http.response.body.size": 12.0})
+	p.recordFor(t, "request", hanging.addr)
+}
+
+func TestDrainOfAnIdleProxy(t *testing.T) {
+	p := startProxy(t, "DRAIN_TIMEOUT=8s")
+	o := startOrigin(t)
+	c := p.dial(t)
+	exchange1(c, o, nil)
+	begun := time.Now()
+	p.stop()
+	if took := time.Since(begun); took > time.Second {
+		t.Errorf("it took %v", took)
+	}
+	c.wantsEnd()
+	if status := adminStatus(p.admin, "/healthz"); status != 0 {
+		t.Errorf("/healthz says %d when all is over", status)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The program as it is shipped
+
+// process is the program, run by a test.
+type process struct {
+	*exec.Cmd
+	stdout *os.File
+	lines  *bufio.Reader
+	ended  chan error
+	addr   string
+}
+
+func startProcess(t *testing.T, binary string, vars ...string) *process {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &process{Cmd: exec.Command(binary), stdout: r, lines: bufio.NewReader(r), ended: make(chan error, 1)}
+	p.Env = prefixed(append([]string{"LISTEN=127.0.0.1:0", "ADMIN=127.0.0.1:0", "TUNE=off"}, vars...)...)
+	p.Stdout = w
+	err = p.Start()
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { p.ended <- p.Wait() }()
+	t.Cleanup(func() { p.Process.Kill(); r.Close() })
+	r.SetReadDeadline(time.Now().Add(2 * patience))
+	line, err := p.lines.ReadString('\n')
+	_, rest, _ := strings.Cut(line, `"addresses":["`)
+	p.addr, _, _ = strings.Cut(rest, `"`)
+	if p.addr == "" {
+		t.Fatalf("first line %q, %v", line, err)
+	}
+	return p
+}
+
+// wantsExit waits for the process to end by itself with status 0.
+func (p *process) wantsExit(t *testing.T, within time.Duration) {
+	t.Helper()
+	select {
+	case err := <-p.ended:
+		if err != nil {
+			t.Errorf("the process ended with %v", err)
+		}
+	case <-time.After(within):
+		t.Errorf("the process did not end within %v", within)
+	}
+}
+
+func TestProgram(t *testing.T) {
+	binary := filepath.Join(t.TempDir(), "sluice")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	ask := func(t *testing.T, addr string) {
+		t.Helper()
+		if resp, _ := (&testProxy{addr: addr}).dial(t).ask("OPTIONS", "http://any.test", "Max-Forwards: 0"); resp.StatusCode != 200 {
+			t.Errorf("status %d", resp.StatusCode)
+		}
+	}
+	for _, signal := range []os.Signal{syscall.SIGTERM, os.Interrupt} {
+		t.Run(signal.String(), func(t *testing.T) {
+			p := startProcess(t, binary)
+			ask(t, p.addr)
+			p.Process.Signal(signal)
+			p.wantsExit(t, patience)
+			rest, _ := io.ReadAll(p.lines)
+			if !slices.ContainsFunc(strings.Split(string(rest), "\n"), func(line string) bool { return strings.Contains(line, `"msg":"stopped"`) }) {
+				t.Errorf("the last record is missing: %q", rest)
+			}
+		})
+	}
+	t.Run("a second signal", func(t *testing.T) {
+		p := startProcess(t, binary, "DRAIN_TIMEOUT=1m", "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*")
+		c, _ := (&testProxy{addr: p.addr}).openTunnel(t, startOrigin(t))
+		p.Process.Signal(syscall.SIGTERM)
+		for line := ""; !strings.Contains(line, `"msg":"draining"`); {
+			var err error
+			if line, err = p.lines.ReadString('\n'); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p.Process.Signal(syscall.SIGTERM)
+		p.wantsExit(t, time.Second)
+		c.wantsEnd()
+	})
+	t.Run("stdout is closed", func(t *testing.T) {
+		p := startProcess(t, binary)
+		p.stdout.Close()
+		for range 20 {
+			ask(t, p.addr)
+		}
+		p.Process.Signal(syscall.SIGTERM)
+		p.wantsExit(t, patience)
+	})
+	t.Run("a bad environment", func(t *testing.T) {
+		cmd := exec.Command(binary)
+		cmd.Env = prefixed("LISTEN="+occupied(t), "IDLE_TIMEOUT=soon", "USERS_=ann:topsecret")
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		cmd.Run()
+		if status := cmd.ProcessState.ExitCode(); status != 2 || stdout.Len() > 0 {
+			t.Errorf("status %d, stdout %q", status, stdout.String())
+		}
+		wantsFault(t, stderr.String(), "IDLE_TIMEOUT", "soon")
+		wantsFault(t, stderr.String(), "USERS_", "")
+		if strings.Contains(stderr.String(), "topsecret") || strings.Contains(stderr.String(), "in use") {
+			t.Errorf("stderr %q", stderr.String())
+		}
+	})
+	t.Run("an address in use", func(t *testing.T) {
+		cmd := exec.Command(binary)
+		cmd.Env = prefixed("LISTEN="+occupied(t), "TUNE=off")
+		out, _ := cmd.CombinedOutput()
+		if status := cmd.ProcessState.ExitCode(); status != 1 || !strings.Contains(string(out), "in use") {
+			t.Errorf("status %d, %q", status, out)
+		}
+	})
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory
+
+// TestMemory moves large bodies: they pass through the proxy and are not held by it.
+func TestMemory(t *testing.T) {
+	p := startProxy(t)
+	const block, mega = 64 << 10, 1 << 20
+	source, sink := bytes.Repeat([]byte{'x'}, block), make([]byte, block)
+	discard := func(t *testing.T, r io.Reader, want int) {
+		got := 0
+		for got < want {
+			n, err := r.Read(sink)
+			if got += n; err != nil {
+				t.Fatalf("%v after %d bytes of %d", err, got, want)
+			}
+		}
+	}
+	pour := func(to *peer, prefix, suffix string, size int) {
+		piece := append(append([]byte(prefix), source...), suffix...)
+		for range size / block {
+			if _, err := to.Write(piece); err != nil {
+				return
+			}
+		}
+	}
+	for _, e := range []struct {
+		name           string
+		size           int
+		field          string
+		prefix, suffix string
+	}{
+		{"length", 256 * mega, fmt.Sprintf("Content-Length: %d", 256*mega), "", ""},
+		{"chunked", 64 * mega, "Transfer-Encoding: chunked", "10000\r\n", "\r\n"},
+	} {
+		for _, direction := range []string{"down", "up"} {
+			t.Run(e.name+" "+direction, func(t *testing.T) {
+				o, c := startOrigin(t), p.dial(t)
+				line, field, from, to := plainRequest, e.field, (*peer)(nil), c
+				if direction == "up" {
+					line = "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\n" + field + "\r\n\r\n"
+				}
+				c.send("%s", o.fill(line))
+				up := o.accept()
+				up.head()
+				if from = c; direction == "down" {
+					from = up
+					up.send("HTTP/1.1 200 OK\r\n%s\r\n\r\n", field)
+					c.head()
+				} else {
+					to = up
+				}
+				var before, after runtime.MemStats
+				runtime.ReadMemStats(&before)
+				poured := make(chan struct{})
+				go func() {
+					defer close(poured)
+					pour(from, e.prefix, e.suffix, e.size)
+				}()
+				if e.prefix == "" {
+					discard(t, to.br, e.size)
+				} else {
+					discard(t, httputil.NewChunkedReader(to.br), e.size)
+				}
+				<-poured
+				runtime.ReadMemStats(&after)
+				if grown := int64(after.TotalAlloc - before.TotalAlloc); grown > 4*mega {
+					t.Errorf("%d MB moved, %d bytes allocated", e.size/mega, grown)
+				}
+				if grown := int64(after.HeapInuse) - int64(before.HeapInuse); grown > 4*mega {
+					t.Errorf("%d MB moved, the heap grew by %d bytes", e.size/mega, grown)
+				}
+			})
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Fuzzing
+
+// memoryWire is a wire that has read data and gets no more.
+func memoryWire(s *server, data []byte) wire {
+	return wire{srv: s, tcp: &net.TCPConn{}, buf: append([]byte{}, data...), w: len(data)}
+}
+
+// sendTo runs f with a wire and returns what it sent there.
+func sendTo(t *testing.T, s *server, f func(dst *wire)) []byte {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	far, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	sent := make(chan []byte)
+	go func() {
+		b, _ := io.ReadAll(far)
+		sent <- b
+	}()
+	var w wire
+	w.attach(s, conn.(*net.TCPConn))
+	f(&w)
+	conn.Close()
+	return <-sent
+}
+
+// isURLError tells net/http's complaints about URLs, which are not about framing, from others: Sluice passes on what browsers send.
+func isURLError(err error) bool {
+	var u *url.Error
+	return errors.As(err, &u)
+}
+
+// wantsHeader compares the fields that pass with what net/http read of them.
+func wantsHeader(t *testing.T, h *head, got http.Header) {
+	t.Helper()
+	want := map[string]int{}
+	for _, f := range h.fields {
+		if f.kind < fieldHop && !(f.kind == fieldExpect && h.minor == 0) {
+			want[textproto.CanonicalMIMEHeaderKey(string(h.raw[f.start:f.colon]))]++
+		}
+	}
+	for name, n := range want {
+		extra := 0
+		if name == "Via" {
+			extra = 1
+		}
+		if name != "Trailer" && len(got[name]) != n+extra {
+			t.Errorf("%d fields %q, want %d", len(got[name]), name, n+extra)
+		}
+	}
+}
+
+func FuzzRequest(f *testing.F) {
+	for _, seed := range []string{
+		"GET http://a.example/b?c HTTP/1.1\r\nHost: a.example\r\nAccept: */*\r\n\r\n",
+		"POST http://a.example/ HTTP/1.1\r\nHost: a.example\r\nContent-Length: 3\r\n\r\nabc",
+		"POST http://a.example HTTP/1.1\r\nHost: a.example\r\nTransfer-Encoding: chunked\r\nTrailer: X\r\n\r\n3;x=y\r\nabc\r\n0\r\nX: 1\r\n\r\n",
+		"OPTIONS http://a.example HTTP/1.0\r\nConnection: close, X\r\nX: 1\r\nMax-Forwards: 3\r\n\r\n",
+		"GET http://a.example/ HTTP/1.1\r\nHost: a.example\r\nConnection: upgrade\r\nUpgrade: websocket\r\nTE: trailers\r\n\r\n",
+		"GET http://a.example/ HTTP/1.1\r\nHost: a.example\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.1\r\n\r\n",
+	} {
+		f.Add([]byte(seed))
+	}
+	s := &server{hop: []byte("fuzz\r\n"), cfg: config{MaxHeader: 64 << 10, BodyTimeout: patience}}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c := &client{wire: memoryWire(s, data)}
+		x := &exchange{srv: s}
+		x.begin(c)
+		if x.readRequest() != nil || x.connect || x.countsForwards() && x.req.forwards == 0 {
+			return
+		}
+		x.out = x.appendRequest(nil)
+		var readErr, writeErr error
+		sent := sendTo(t, s, func(dst *wire) {
+			out := bodyWriter{dst: dst, limit: patience, head: x.out, chunked: x.reqBody.framing == bodyChunked, started: new(bool)}
+			readErr, writeErr = out.copy(&x.reqBody, func() {})
+		})
+		if readErr != nil || writeErr != nil {
+			return // never a whole message
+		}
+		before, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(data)))
+		var body []byte
+		if err == nil {
+			body, err = io.ReadAll(before.Body)
+		}
+		if err != nil && !isURLError(err) && !strings.Contains(err.Error(), "too many transfer encodings") {
+			t.Fatalf("forwarded what net/http refuses: %v\n%q\n%q", err, data, sent)
+		}
+		r := bufio.NewReader(bytes.NewReader(sent))
+		after, err2 := http.ReadRequest(r)
+		if err2 != nil && isURLError(err2) {
+			return
+		} else if err2 != nil {
+			t.Fatalf("net/http does not read what was forwarded: %v\n%q", err2, sent)
+		}
+		bodyAfter, err2 := io.ReadAll(after.Body)
+		if err2 != nil || r.Buffered() > 0 {
+			t.Fatalf("forwarded body: %v, %d bytes behind it\n%q", err2, r.Buffered(), sent)
+		}
+		if after.Method != string(x.method) || after.Host != string(x.auth) || int64(len(bodyAfter)) != x.reqBody.size {
+			t.Fatalf("method %q, host %q, %d bytes of body; want %q, %q, %d", after.Method, after.Host, len(bodyAfter), x.method, x.auth, x.reqBody.size)
+		}
+		if err == nil && !bytes.Equal(body, bodyAfter) {
+			t.Fatalf("body %q, want %q", bodyAfter, body)
+		}
+		x.req.raw = data[bytes.Index(data, x.line):] // the wire's copy may have been moved
+		wantsHeader(t, &x.req, after.Header)
+	})
+}
+
+func FuzzResponse(f *testing.F) {
+	for _, seed := range []string{
+		"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc",
+		"HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+		"HTTP/1.0 404 Not here\r\nX: a\r\n  b\r\n\r\nabc",
+		"HTTP/1.1 304\r\nContent-Length: 3\r\nDate: x\r\n\r\n",
+	} {
+		f.Add([]byte(seed))
+	}
+	s := &server{hop: []byte("fuzz\r\n"), cfg: config{MaxHeader: 64 << 10, BodyTimeout: patience}}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		up := &upstream{wire: memoryWire(s, data)}
+		up.w = len(data)
+		raw, err := up.readHead(64<<10, time.Time{})
+		if err != nil {
+			return
+		}
+		x := &exchange{srv: s, method: []byte("GET"), keep: true}
+		x.req.reset(nil)
+		x.reqBody.ended.Store(true)
+		x.awaitOrigin = func() {}
+		x.resp.reset(raw)
+		if x.status, err = x.resp.parseStatus(); err != nil || x.status < 200 {
+			return
+		}
+		var fail *failure
+		sent := sendTo(t, s, func(dst *wire) {
+			x.c = &client{wire: *dst}
+			fail = x.respond(up)
+		})
+		untilClose := !x.resp.chunked && x.resp.length < 0 // the wire's end is an error here
+		if fail != nil && !untilClose {
+			return
+		}
+		before, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(data)), nil)
+		var body []byte
+		if err == nil {
+			body, err = io.ReadAll(before.Body)
+		}
+		if err != nil {
+			t.Fatalf("forwarded what net/http refuses: %v\n%q\n%q", err, data, sent)
+		}
+		after, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(sent)), nil)
+		if err != nil {
+			t.Fatalf("net/http does not read what was forwarded: %v\n%q", err, sent)
+		}
+		got, err := io.ReadAll(after.Body)
+		if untilClose {
+			err = nil
+		}
+		if err != nil || after.StatusCode != x.status || !bytes.Equal(got, body) {
+			t.Fatalf("status %d, body %q, %v; want %d, %q", after.StatusCode, got, err, x.status, body)
+		}
+	})
+}
+
+// FuzzChunks feeds a chunked body in pieces of every size: what is decoded must not depend on it, nor differ from net/http.
+func FuzzChunks(f *testing.F) {
+	for _, seed := range []string{"3\r\nabc\r\n0\r\n\r\n", "1;x=\"y\"\r\na\r\n2\r\nbc\r\n00\r\nX: y\r\n\r\n", "ffffffffffffffff\r\n", "3\r\nabcd\r\n", "-1\r\n", "3 \r\nabc"} {
+		f.Add([]byte(seed), uint8(1))
+		f.Add([]byte(seed), uint8(7))
+	}
+	decode := func(data []byte, piece int) (got []byte, err error) {
+		w := memoryWire(nil, nil)
+		w.buf = make([]byte, len(data)+1)
+		b := body{w: &w, framing: bodyChunked}
+		for {
+			part, done, err := b.nextBuffered()
+			got = append(got, part...)
+			if done || err != nil {
+				return got, err
+			}
+			if len(data) == 0 {
+				return got, io.ErrUnexpectedEOF
+			}
+			n := min(piece, len(data))
+			w.w += copy(w.buf[w.w:], data[:n])
+			data = data[n:]
+		}
+	}
+	f.Fuzz(func(t *testing.T, data []byte, piece uint8) {
+		whole, err := decode(data, len(data)+1)
+		pieces, err2 := decode(data, int(piece)+1)
+		if (err == nil) != (err2 == nil) || err == nil && !bytes.Equal(whole, pieces) {
+			t.Fatalf("whole: %q, %v; in pieces of %d: %q, %v", whole, err, piece+1, pieces, err2)
+		}
+		if err != nil {
+			return
+		}
+		message := append([]byte("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"), data...)
+		r, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(message)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if theirs, err := io.ReadAll(r.Body); err != nil || !bytes.Equal(theirs, whole) {
+			t.Fatalf("net/http: %q, %v; here %q", theirs, err, whole)
+		}
+	})
 }
