@@ -1145,6 +1145,12 @@ func malformed() map[string][]string {
 		cases["framing"] = append(cases["framing"], "POST http://{o}/ HTTP/1.1\r\n"+host+f+"\r\n\r\n0\r\n\r\n")
 	}
 	cases["framing"] = append(cases["framing"], "POST http://{o}/ HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+	for _, name := range []string{"Content-Length", "transfer-encoding", "X, Trailer"} {
+		cases["framing"] = append(cases["framing"], "POST http://{o}/ HTTP/1.1\r\n"+host+"Transfer-Encoding: chunked\r\nTrailer: "+name+"\r\n\r\n0\r\n\r\n")
+	}
+	for _, f := range []string{"Content-Length: 5", "Transfer-Encoding: chunked"} {
+		cases["framing"] = append(cases["framing"], "CONNECT {o} HTTP/1.1\r\n"+host+f+"\r\n\r\n0\r\n\r\n")
+	}
 	for _, h := range []string{"", "Host: {o}\r\nHost: {o}\r\n", "Host: {o}\r\nhost: other.example\r\n", "Host:\r\n", "Host: a b\r\n", "Host: a/b\r\n",
 		"Host: u@{o}\r\n", "Host: {o},{o}\r\n", "Host: a:0\r\n", "Host: a:65536\r\n", "Host: a:b\r\n", "Host: a:80:80\r\n", "Host: http://{o}/\r\n",
 		"Host: [::1\r\n", "Host: a#b\r\n", "Host: a?b\r\n", "Host: a%41\r\n", "Host: \xe9.example\r\n"} {
