@@ -31,10 +31,12 @@ import (
 	"cmp"
 	"context"
 	_ "embed"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -96,7 +98,7 @@ func exitStatus(err error, stderr io.Writer) int {
 		return 0
 	}
 	fmt.Fprintln(stderr, "sluice:", err)
-	if bad := (configErrors)(nil); errors.As(err, &bad) {
+	if _, bad := errors.AsType[configErrors](err); bad {
 		return 2
 	}
 	return 1
@@ -124,18 +126,16 @@ func run(ctx context.Context, environ []string, stdout io.Writer) error {
 		return err
 	}
 	log := newLogger(cfg, stdout)
-	defer log.queue.close(time.Second)
+	defer log.close(time.Second)
 	s, err := newServer(cfg, log)
 	if err != nil {
 		return err
 	}
+	defer s.close()
 	tuneKernel(cfg, log.process) // before listening: the backlog is read from somaxconn when a socket starts to listen
 	if err := s.listen(ctx); err != nil {
-		s.close()
 		return err
 	}
-	s.logStart()
-	s.start()
 	<-ctx.Done()
 	s.drain()
 	return nil
@@ -148,7 +148,7 @@ const envPrefix = "SLUICE_"
 
 // config is what the environment sets, a variable a line. The comments are the manual: `sluice env` and the README print them.
 type config struct {
-	Listen                 []string      `env:"LISTEN" envDefault:"127.0.0.1:3128"`          // Addresses to serve on; an empty host means every interface. The image sets `:3128`.
+	Listen                 list          `env:"LISTEN" envDefault:"127.0.0.1:3128"`          // Addresses to serve on; an empty host means every interface. The image sets `:3128`.
 	Listeners              int           `env:"LISTENERS" envDefault:"0"`                    // SO_REUSEPORT listeners per address; 0 = one per usable CPU.
 	Admin                  string        `env:"ADMIN" envDefault:"127.0.0.1:3129"`           // Address of `/healthz` and `/readyz`; `off` = none.
 	Name                   string        `env:"NAME"`                                        // This hop's name in Via and Proxy-Status; a request that carries it in Via has come back and is refused. The default is the host name.
@@ -167,14 +167,14 @@ type config struct {
 	TunnelIdleTimeout      time.Duration `env:"TUNNEL_IDLE_TIMEOUT" envDefault:"10m"`        // A tunnel without a byte in either direction.
 	TunnelHalfCloseTimeout time.Duration `env:"TUNNEL_HALF_CLOSE_TIMEOUT" envDefault:"30s"`  // A tunnel without a byte after one side closed.
 	TunnelMaxAge           time.Duration `env:"TUNNEL_MAX_AGE" envDefault:"0"`               // Whole life of a tunnel.
-	DrainTimeout           time.Duration `env:"DRAIN_TIMEOUT" envDefault:"8s"`               // From SIGTERM to the end; `docker stop` kills after 10s. 0 = end at once.
+	DrainTimeout           time.Duration `env:"DRAIN_TIMEOUT" envDefault:"8s"`               // From SIGTERM to the end; `docker stop` kills after 10s. 0 = until the last request and tunnel has ended.
 	PoolIdle               int           `env:"POOL_IDLE" envDefault:"1024"`                 // Idle upstream connections kept in all; 0 = none.
 	PoolIdlePerHost        int           `env:"POOL_IDLE_PER_HOST" envDefault:"128"`         // Idle upstream connections kept per host and port; 0 = none.
 	PoolIdleTimeout        time.Duration `env:"POOL_IDLE_TIMEOUT" envDefault:"30s"`          // How long an idle upstream connection is kept.
 	DNSCacheTTL            time.Duration `env:"DNS_CACHE_TTL" envDefault:"5s"`               // How long a DNS answer is reused; 0 = not at all.
 	DNSStale               time.Duration `env:"DNS_STALE" envDefault:"5m"`                   // How long an answer may still serve when its refresh fails; 0 = not at all.
 	DNSTimeout             time.Duration `env:"DNS_TIMEOUT" envDefault:"5s"`                 // One lookup.
-	DNSServers             []string      `env:"DNS_SERVERS"`                                 // Resolvers, `host:port` with an IP address as host; by default the system's.
+	DNSServers             list          `env:"DNS_SERVERS"`                                 // Resolvers, `host:port` with an IP address as host; by default the system's.
 	LogLevel               slog.Level    `env:"LOG_LEVEL" envDefault:"info"`                 // Least level that is logged: `debug`, `info`, `warn`, `error`.
 	LogFormat              string        `env:"LOG_FORMAT" envDefault:"auto"`                // `json`; `text` (for people); `auto` = text on a terminal, else json.
 	LogSample              shares        `env:"LOG_SAMPLE"`                                  // Share of connection, request and tunnel records kept per level, as in `debug=0.01,info=0.1`; levels not named are kept. Records about the process itself are never sampled.
@@ -197,81 +197,60 @@ func (e configErrors) Error() string {
 
 // loadConfig reads environ ("NAME=value"), and says where each value came from. Its error is a configErrors with every fault.
 func loadConfig(environ []string) (*config, []variable, error) {
-	cfg := &config{LogSample: shares{1, 1, 1, 1}}
-	vars := variables()
+	cfg, vars := &config{}, variables()
 	values, bad := gather(environ, vars)
-	complain := func(i int, reason string) { // once per variable
-		line := fmt.Sprintf("%s%s=%q: ", envPrefix, vars[i].name, vars[i].value)
-		if !slices.ContainsFunc(bad, func(b string) bool { return strings.HasPrefix(b, line) }) {
+	demand := func(ok bool, name, reason string) { // names a variable or its field; complains once of each
+		v := vars[slices.IndexFunc(vars, func(v variable) bool { return v.name == name || v.field == name })]
+		line := fmt.Sprintf("%s%s=%q: ", envPrefix, v.name, v.value)
+		if !ok && !slices.ContainsFunc(bad, func(b string) bool { return strings.HasPrefix(b, line) }) {
 			bad = append(bad, line+reason)
 		}
 	}
 	err := env.ParseWithOptions(cfg, env.Options{Prefix: envPrefix, Environment: values})
-	var all env.AggregateError
-	errors.As(err, &all)
+	all, _ := errors.AsType[env.AggregateError](err)
 	for _, err := range all.Errors {
-		var pe env.ParseError // names the field, not the variable
-		if !errors.As(err, &pe) {
-			return nil, nil, err
-		}
-		complain(slices.IndexFunc(vars, func(v variable) bool { return v.field == pe.Name }), pe.Err.Error())
+		pe, _ := errors.AsType[env.ParseError](err) // nothing else comes, unless config's tags are wrong
+		demand(false, pe.Name, pe.Err.Error())
 	}
-	cfg.check(func(ok bool, name, reason string) {
-		if !ok {
-			complain(slices.IndexFunc(vars, func(v variable) bool { return v.name == name }), reason)
-		}
-	})
-	if len(bad) > 0 {
+	if cfg.check(demand); len(bad) > 0 {
 		return nil, nil, bad
 	}
 	return cfg, vars, nil
 }
 
 // variables lists the fields of config in order, with the comments that stand behind them in the source.
-func variables() []variable {
-	var vars []variable
-	docs := map[string]string{}
-	_, block, _ := strings.Cut(source, "\ntype config struct {\n")
-	block, _, _ = strings.Cut(block, "\n}\n")
-	for line := range strings.Lines(block) {
-		_, docs[strings.Fields(line)[0]], _ = strings.Cut(strings.TrimSpace(line), " // ")
-	}
-	for f := range reflect.TypeFor[config]().Fields() {
-		vars = append(vars, variable{field: f.Name, name: f.Tag.Get("env"), def: f.Tag.Get("envDefault"), doc: docs[f.Name]})
+func variables() (vars []variable) {
+	line := regexp.MustCompile(`(?m)^\t(\w+) .*\x60env:"(\w+)"(?: envDefault:"(.*?)")?\x60(?: *// (.*))?$`) // \x60 is a backquote
+	for _, m := range line.FindAllStringSubmatch(source, -1) {
+		vars = append(vars, variable{field: m[1], name: m[2], def: m[3], doc: m[4]})
 	}
 	return vars
 }
 
-// gather picks Sluice's variables out of environ and reads those given as files. An empty one counts as unset: compose's `${X:-}`.
-func gather(environ []string, vars []variable) (map[string]string, configErrors) {
-	given, values, bad := map[string]string{}, map[string]string{}, configErrors(nil)
-	for _, kv := range environ {
-		if k, v, _ := strings.Cut(kv, "="); strings.HasPrefix(k, envPrefix) && v != "" {
-			given[k] = v
-		}
-	}
+// gather gives vars their values, from environ or from files. An empty one counts as unset: compose's `${X:-}`.
+func gather(environ []string, vars []variable) (values map[string]string, bad configErrors) {
+	given, values := env.ToMap(environ), map[string]string{}
+	links := regexp.MustCompile("^SLUICE_(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_.*)$") // injected for a service named sluice
+	maps.DeleteFunc(given, func(key, _ string) bool { return !strings.HasPrefix(key, envPrefix) || links.MatchString(key) })
 	for i := range vars {
-		v := &vars[i]
-		key := envPrefix + v.name
-		text, direct := given[key]
-		path, byFile := given[key+"_FILE"]
+		v, key := &vars[i], envPrefix+vars[i].name
+		path := given[key+"_FILE"]
+		v.value, v.origin = given[key], "environment"
 		delete(given, key)
 		delete(given, key+"_FILE")
-		v.value, v.origin = v.def, "default"
-		switch {
-		case direct && byFile:
+		if v.value != "" && path != "" {
 			bad = append(bad, fmt.Sprintf("%s: given twice, directly and as %s_FILE", key, key))
-			continue
-		case direct:
-			v.value, v.origin = text, "environment"
-		case byFile:
-			b, err := os.ReadFile(path)
+		} else if path != "" {
+			text, err := os.ReadFile(path)
 			if err != nil {
 				bad = append(bad, fmt.Sprintf("%s_FILE=%q: %v", key, path, err))
-				continue
 			}
-			v.value, v.origin = strings.TrimSpace(string(b)), path
-		case v.name == "NAME":
+			v.value, v.origin = strings.TrimSpace(string(text)), path
+		}
+		if v.value == "" {
+			v.value, v.origin = v.def, "default"
+		}
+		if v.value == "" && v.name == "NAME" {
 			v.value, v.origin = "sluice", "fallback"
 			if name, _ := os.Hostname(); isToken([]byte(name)) {
 				v.value, v.origin = name, "host name"
@@ -279,26 +258,19 @@ func gather(environ []string, vars []variable) (map[string]string, configErrors)
 		}
 		values[key] = v.value
 	}
-	links := regexp.MustCompile("^SLUICE_(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_.*)$") // injected for a service named sluice
 	for key := range given {
-		if !links.MatchString(key) {
-			bad = append(bad, fmt.Sprintf("%s: unknown variable; the nearest is %s", key, nearest(key, vars)))
-		}
+		bad = append(bad, fmt.Sprintf("%s: unknown variable; the nearest is %s", key, nearest(key, vars)))
 	}
 	return values, bad
 }
 
-// nearest names the variable that shares the longest beginning and end with key, relative to their lengths.
+// nearest names the variable that has the most pairs of letters in common with key, relative to its length.
 func nearest(key string, vars []variable) string {
-	alike := func(v variable) int {
-		name, n := envPrefix+v.name, 0
-		for n < min(len(name), len(key)) && name[n] == key[n] {
-			n++
+	alike := func(v variable) (n int) {
+		for name := envPrefix + v.name; len(name) > 1; name = name[1:] {
+			n += 2*strings.Count(key, name[:2]) - 1
 		}
-		for i := 1; n+i <= min(len(name), len(key)) && name[len(name)-i] == key[len(key)-i]; i++ {
-			n++
-		}
-		return 2*n - len(name)
+		return n
 	}
 	return envPrefix + slices.MaxFunc(vars, func(a, b variable) int { return alike(a) - alike(b) }).name
 }
@@ -308,6 +280,7 @@ func (c *config) check(demand func(ok bool, name, reason string)) {
 	for f, v := range reflect.ValueOf(c).Elem().Fields() {
 		demand(!v.CanInt() || v.Int() >= 0 || f.Name == "LogLevel", f.Tag.Get("env"), "must not be negative")
 	}
+	demand(len(c.Listen) > 0, "LISTEN", "names no address")
 	for _, a := range c.Listen {
 		demand(isAddress(a, 0), "LISTEN", fmt.Sprintf("%q is not an IP address and a port, as in 127.0.0.1:3128 or :3128", a))
 	}
@@ -317,6 +290,7 @@ func (c *config) check(demand func(ok bool, name, reason string)) {
 	demand(c.Admin == "off" || isAddress(c.Admin, 0), "ADMIN", "is neither an IP address and a port nor off")
 	demand(isToken([]byte(c.Name)), "NAME", "may hold letters, digits and !#$%&'*+-.^_`|~ only (RFC 9110, Via pseudonym)")
 	demand(c.MaxHeader >= 1024 && c.MaxHeader <= 16<<20, "MAX_HEADER", "must be between 1KiB and 16MiB")
+	demand(c.LogLevel%4 == 0 && c.LogLevel >= slog.LevelDebug && c.LogLevel <= slog.LevelError, "LOG_LEVEL", "is none of debug, info, warn, error")
 	demand(c.LogBuffer > 0, "LOG_BUFFER", "must be at least 1")
 	demand(slices.Contains([]string{"auto", "json", "text"}, c.LogFormat), "LOG_FORMAT", "is none of json, text, auto")
 	demand(slices.Contains([]string{"check", "apply", "off"}, c.Tune), "TUNE", "is none of check, apply, off")
@@ -343,20 +317,31 @@ func printEnv(environ []string, out io.Writer) error {
 	return t.Flush()
 }
 
-// items splits a list at commas and white space.
-func items(text []byte) []string {
-	return strings.FieldsFunc(string(text), func(r rune) bool { return strings.ContainsRune(", \t\r\n", r) })
+// list is a list of texts.
+type list []string
+
+func (l *list) UnmarshalText(text []byte) error {
+	return each(text, "", func(item string) bool { *l = append(*l, item); return true })
+}
+
+// each has add take the items of a list, split at commas and white space. The error for one that it refuses is made by format.
+func each(text []byte, format string, add func(item string) bool) error {
+	for item := range strings.FieldsFuncSeq(string(text), func(r rune) bool { return strings.ContainsRune(", \t\r\n", r) }) {
+		if !add(item) {
+			return fmt.Errorf(format, item)
+		}
+	}
+	return nil
 }
 
 // size is a number of bytes: 65536, 64KiB, 10MB.
 type size int64
 
 func (s *size) UnmarshalText(text []byte) error {
-	t := string(text)
-	digits := strings.TrimRight(t, "BKMGTikmgtb ")
+	digits := strings.TrimRight(string(text), "BKMGTikmgtb ")
 	units := map[string]float64{"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
 		"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-	unit, known := units[strings.ToLower(strings.TrimSpace(t[len(digits):]))]
+	unit, known := units[strings.ToLower(strings.TrimSpace(string(text[len(digits):])))]
 	n, err := strconv.ParseFloat(digits, 64)
 	if !known || err != nil || strings.Trim(digits, "0123456789.") != "" || n*unit >= math.MaxInt64 {
 		return errors.New("is not a size, as in 65536, 64KiB or 10MB")
@@ -365,31 +350,26 @@ func (s *size) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// portSet is a set of TCP ports, a bit each.
-type portSet [1024]uint64
+// portSet is a set of TCP ports: ranges, with their ends.
+type portSet [][2]uint64
 
-func (p *portSet) has(port uint16) bool { return p[port>>6]&(1<<(port&63)) != 0 }
+func (p portSet) has(port uint16) bool {
+	return slices.ContainsFunc(p, func(r [2]uint64) bool { return r[0] <= uint64(port) && uint64(port) <= r[1] })
+}
 
 func (p *portSet) UnmarshalText(text []byte) error {
-	*p = portSet{}
-	for _, item := range items(text) {
+	return each(text, "%q is not a port or range within 1-65535", func(item string) bool {
 		from, to, ranged := strings.Cut(item, "-")
-		if !ranged {
-			to = from
-		}
 		if item == "*" {
 			from, to = "1", "65535"
+		} else if !ranged {
+			to = from
 		}
-		low, err1 := strconv.ParseUint(from, 10, 16)
-		high, err2 := strconv.ParseUint(to, 10, 16)
-		if err1 != nil || err2 != nil || low == 0 || high < low {
-			return fmt.Errorf("%q is not a port or range within 1-65535", item)
-		}
-		for port := low; port <= high; port++ {
-			p[port>>6] |= 1 << (port & 63)
-		}
-	}
-	return nil
+		low, _ := strconv.ParseUint(from, 10, 64) // an error gives 0 or too much
+		high, _ := strconv.ParseUint(to, 10, 64)
+		*p = append(*p, [2]uint64{low, high})
+		return 0 < low && low <= high && high <= 65535
+	})
 }
 
 // prefixes is a list of address blocks; a bare address is a block of one, and some sets have a name.
@@ -397,60 +377,46 @@ type prefixes []netip.Prefix
 
 func (p *prefixes) UnmarshalText(text []byte) error {
 	sets := map[string]string{"all": "0.0.0.0/0 ::/0", "loopback": "127.0.0.0/8 ::1", "private": "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"}
-	*p = nil
-	for _, item := range items(text) {
-		for block := range strings.FieldsSeq(cmp.Or(sets[item], item)) {
-			prefix, err := parsePrefix(block)
-			if err != nil {
-				return err
-			}
-			*p = append(*p, prefix)
+	return each(text, "%q is not an address, a CIDR, loopback, private or all", func(item string) (ok bool) {
+		for text := range strings.FieldsSeq(cmp.Or(sets[item], item)) {
+			block, valid := parsePrefix(text)
+			*p, ok = append(*p, block), valid
 		}
-	}
-	return nil
+		return ok
+	})
 }
 
 func (p prefixes) contains(a netip.Addr) bool {
-	return slices.ContainsFunc(p, func(block netip.Prefix) bool { return block.Contains(a) })
+	return slices.ContainsFunc(p, func(block netip.Prefix) bool { return block.Contains(a.WithZone("")) })
 }
 
 // blocks reads a list that is part of this program.
 func blocks(text string) (list prefixes) {
-	for _, block := range strings.Fields(text) {
-		list = append(list, netip.MustParsePrefix(block))
-	}
+	list.UnmarshalText([]byte(text)) // cannot fail: TestClassify
 	return list
 }
 
-func parsePrefix(text string) (netip.Prefix, error) {
+func parsePrefix(text string) (netip.Prefix, bool) {
 	if a, err := netip.ParseAddr(text); err == nil && a.Zone() == "" {
-		return netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), nil
+		return netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), true
 	}
 	block, err := netip.ParsePrefix(text)
-	if err != nil || block.Addr().Is4In6() {
-		return block, fmt.Errorf("%q is not an address, a CIDR, loopback, private or all", text)
-	}
-	return block.Masked(), nil
+	return block.Masked(), err == nil && !block.Addr().Is4In6()
 }
 
-// shares is the share of records kept per level, indexed by shareOf.
-type shares [4]float64
-
-// shareOf maps a level to its place in shares: debug 0, info 1, warn 2, error 3.
-func shareOf(l slog.Level) int { return min(max(int(l)/4+1, 0), 3) }
+// shares is the share of records kept per level; levels that are not named are kept.
+type shares map[slog.Level]float64
 
 func (s *shares) UnmarshalText(text []byte) error {
-	*s = shares{1, 1, 1, 1}
-	for _, item := range items(text) {
+	*s = shares{}
+	return each(text, "%q is not level=share with a share from 0 to 1, as in info=0.1", func(item string) bool {
 		name, value, _ := strings.Cut(item, "=")
 		var level slog.Level
 		share, err := strconv.ParseFloat(value, 64)
-		if level.UnmarshalText([]byte(name)) != nil || err != nil || !(share >= 0 && share <= 1) {
-			return fmt.Errorf("%q is not level=share with a share from 0 to 1, as in info=0.1", item)
-		}
-		s[shareOf(level)] = share
-	}
-	return nil
+		ok := level.UnmarshalText([]byte(name)) == nil && err == nil && share >= 0 && share <= 1
+		(*s)[level] = share
+		return ok
+	})
 }
 
 // hostRules matches destinations by name, address and port; port 0 stands for every port.
@@ -461,39 +427,31 @@ type hostRules struct {
 
 func (r *hostRules) UnmarshalText(text []byte) error {
 	*r = hostRules{map[string][]uint16{}, map[netip.Prefix][]uint16{}}
-	for _, item := range items(text) {
-		if !r.add(strings.ToLower(item)) {
-			return fmt.Errorf("rule %q is not a name, *.name, .name, address or CIDR, with or without :port", item)
-		}
-	}
-	return nil
+	return each(text, "rule %q is not a name, *.name, .name, address or CIDR, with or without :port", r.add)
 }
 
 // add takes one rule. An IPv6 address or CIDR that has a port stands in brackets.
 func (r *hostRules) add(rule string) bool {
-	host, port := rule, uint64(0)
-	if _, err := parsePrefix(rule); err != nil { // a bare IPv6 address has colons, but no port
-		if i := strings.LastIndexByte(rule, ':'); i >= 0 {
-			host = rule[:i]
-			if port, err = strconv.ParseUint(rule[i+1:], 10, 16); err != nil || port == 0 {
-				return false
-			}
+	host, port := strings.ToLower(rule), uint64(0)
+	_, bare := parsePrefix(host) // an IPv6 address has colons, but no port
+	if i := strings.LastIndexByte(host, ':'); i >= 0 && !bare {
+		port, _ = strconv.ParseUint(host[i+1:], 10, 64) // an error gives 0 or too much
+		if host = host[:i]; port == 0 || port > 65535 {
+			return false
 		}
 	}
-	if block, err := parsePrefix(strings.Trim(host, "[]")); err == nil {
+	if block, ok := parsePrefix(strings.Trim(host, "[]")); ok {
 		r.nets[block] = append(r.nets[block], uint16(port))
 		return true
 	}
-	host = strings.TrimSuffix(host, ".")
-	name, below := strings.CutPrefix(host, "*.")
-	if !below {
-		name, below = strings.CutPrefix(host, ".")
+	key, below := strings.CutPrefix(strings.TrimSuffix(host, "."), "*") // "*.x" and ".x" have the same key
+	name, dotted := strings.CutPrefix(key, ".")
+	r.names[key] = append(r.names[key], uint16(port))
+	if dotted && !below {
 		r.names[name] = append(r.names[name], uint16(port))
 	}
-	if below {
-		r.names["."+name] = append(r.names["."+name], uint16(port))
-	}
-	return isHostName([]byte(name))
+	_, valid := parseHost([]byte(name))
+	return valid && (dotted || !below)
 }
 
 // match reports whether a rule covers host (lower case, no trailing dot) or ip, and port. A name costs a lookup per label.
@@ -504,12 +462,9 @@ func (r *hostRules) match(host []byte, ip netip.Addr, port uint16) bool {
 			return true
 		}
 	}
-	for at := 0; at >= 0 && len(r.names) > 0; {
-		if covers(r.names[string(host)]) {
+	for i := range host { // the name, and ".above" for each that it is below
+		if (i == 0 || host[i] == '.') && covers(r.names[string(host[i:])]) {
 			return true
-		}
-		if at = bytes.IndexByte(host[1:], '.'); at >= 0 {
-			host = host[at+1:]
 		}
 	}
 	return false
@@ -533,7 +488,6 @@ type server struct {
 	listeners []*net.TCPListener
 	own       []netip.AddrPort // where this process listens, the admin listener included
 	admin     *http.Server
-	adminOn   net.Listener // nil when ADMIN=off
 	draining  atomic.Bool
 	clients   sync.Map // of *client, while they are open
 
@@ -541,8 +495,9 @@ type server struct {
 }
 
 func newServer(cfg *config, log *logger) (s *server, err error) {
-	s = &server{cfg: *cfg, log: log, names: newResolver(cfg), pool: newPool(cfg)}
-	s.hop = []byte(cfg.Name + "\r\n")
+	s = &server{cfg: *cfg, log: log, pool: newPool(cfg), hop: []byte(cfg.Name + "\r\n")}
+	s.names = &resolver{cfg: cfg, answers: map[string]*dnsAnswer{}}
+	s.admin = newAdmin(s)
 	s.buffers.New = func() any { return new([bufferSize]byte) }
 	s.exchanges.New = func() any {
 		x := &exchange{srv: s}
@@ -555,7 +510,8 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	return s, err
 }
 
-// listen opens the admin listener and, per address and CPU, a client listener: the kernel spreads connections over them.
+// listen opens the admin listener and, per address and CPU, a client listener: the kernel spreads connections over them. It says
+// what is in force and begins to accept when all are open.
 func (s *server) listen(ctx context.Context) error {
 	lc := net.ListenConfig{Control: s.sockets.listening, KeepAlive: -1} // accepted sockets inherit what Control sets
 	lc.SetMultipathTCP(false)                                           // splice(2) and the socket options want plain TCP
@@ -564,83 +520,73 @@ func (s *server) listen(ctx context.Context) error {
 		count = cmp.Or(s.cfg.Listeners, runtime.GOMAXPROCS(0)) // which minds the affinity mask and the cgroup's CPU quota
 	}
 	for _, addr := range s.cfg.Listen {
-		for i := range count {
+		for range count {
 			l, err := lc.Listen(ctx, "tcp", addr)
 			if err != nil {
 				return err
 			}
 			s.listeners = append(s.listeners, l.(*net.TCPListener))
-			if i == 0 {
-				s.own = append(s.own, addrPort(l.Addr()))
-				addr = l.Addr().String() // port 0 is chosen once
-			}
+			addr = l.Addr().String() // port 0 is chosen once
 		}
+		s.own = append(s.own, addrPort(s.listeners[len(s.listeners)-1].Addr()))
 	}
 	if s.cfg.Admin != "off" {
 		l, err := net.Listen("tcp", s.cfg.Admin)
 		if err != nil {
 			return fmt.Errorf("SLUICE_ADMIN: %w", err)
 		}
-		s.own = append(s.own, addrPort(l.Addr()))
-		s.adminOn, s.admin, s.cfg.Admin = l, newAdmin(s), l.Addr().String()
+		s.own, s.cfg.Admin = append(s.own, addrPort(l.Addr())), l.Addr().String()
+		s.behind.Go(func() { s.serveAdmin(l) })
+	}
+	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
+		"admin", s.cfg.Admin, "name", s.cfg.Name, "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
+		"max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
+	s.behind.Go(s.watcher.run)
+	for _, l := range s.listeners {
+		s.accepting.Go(func() { s.accept(l) })
 	}
 	return nil
 }
 
-// start begins to accept.
-func (s *server) start() {
-	s.behind.Go(s.watcher.run)
-	if s.adminOn != nil {
-		s.behind.Go(s.serveAdmin)
-	}
-	for _, l := range s.listeners {
-		s.accepting.Go(func() { s.accept(l) })
-	}
-}
-
 // accept serves connections until the drain. An error, such as a lack of descriptors, is said once and waited out.
 func (s *server) accept(l *net.TCPListener) {
-	var pause time.Duration
-	for {
-		conn, err := l.AcceptTCP()
-		if errors.Is(err, net.ErrClosed) || err != nil && s.draining.Load() {
-			return
-		}
-		if err != nil {
-			if pause == 0 {
-				s.log.process.Warn("accept failed, retrying", "address", l.Addr().String(), logMessage, err.Error())
-			}
-			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			time.Sleep(pause)
+	for pause := time.Duration(0); ; time.Sleep(pause) {
+		switch conn, err := l.AcceptTCP(); {
+		case err == nil:
+			pause = 0
+			s.serving.Add(1)
+			go s.newClient(conn).serve()
 			continue
+		case errors.Is(err, net.ErrClosed), s.draining.Load():
+			return
+		case pause == 0:
+			s.log.process.Warn("accept failed, retrying", "address", l.Addr().String(), logMessage, err.Error())
 		}
-		pause = 0
-		s.serving.Add(1)
-		go s.newClient(conn).serve()
+		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
 	}
 }
 
 // drain stops accepting, closes idle connections, lets what runs finish, and cuts what is left when DRAIN_TIMEOUT is over.
 func (s *server) drain() {
-	begun := time.Now()
+	begun, cut := time.Now(), atomic.Int64{}
 	s.draining.Store(true)
 	s.log.process.Info("draining", "timeout", s.cfg.DrainTimeout.String())
 	for _, l := range s.listeners {
 		l.Close()
 	}
 	s.accepting.Wait()
-	s.eachClient((*client).closeIdle)
-	finished := make(chan struct{})
-	time.AfterFunc(0, func() { s.serving.Wait(); close(finished) })
-	cut := 0
-	select {
-	case <-finished:
-	case <-time.After(s.cfg.DrainTimeout):
-		cut = s.eachClient((*client).sever)
-		<-finished
+	for c := range s.clients.Range {
+		c.(*client).closeIdle()
 	}
-	s.close()
-	s.log.process.Info("stopped", "cut", cut, logDuration, milliseconds(time.Since(begun)))
+	overtime := time.AfterFunc(cmp.Or(s.cfg.DrainTimeout, never), func() { // 0 = never
+		for c := range s.clients.Range {
+			cut.Add(1)
+			c.(*client).sever()
+		}
+	})
+	s.serving.Wait()
+	overtime.Stop()
+	s.log.process.Info("stopped", "cut", cut.Load(), logDuration, milliseconds(time.Since(begun)))
 }
 
 // close ends everything but client connections.
@@ -648,27 +594,16 @@ func (s *server) close() {
 	for _, l := range s.listeners {
 		l.Close()
 	}
-	if s.adminOn != nil {
-		s.admin.Close()
-		s.adminOn.Close()
-	}
+	s.admin.Close()
 	s.watcher.close()
 	s.pool.close()
 	s.behind.Wait()
 	s.sockets.close()
 }
 
-// eachClient calls f for every open client connection and returns how many there were.
-func (s *server) eachClient(f func(*client)) (n int) {
-	for c := range s.clients.Range {
-		f(c.(*client))
-		n++
-	}
-	return n
-}
-
 // isOwn reports whether ap is where this process listens: a connection there would come back to it.
 func (s *server) isOwn(ap netip.AddrPort) bool {
+	ap = netip.AddrPortFrom(ap.Addr().WithZone(""), ap.Port())
 	return slices.ContainsFunc(s.own, func(o netip.AddrPort) bool {
 		return o.Port() == ap.Port() && (o.Addr() == ap.Addr() || ap.Addr().IsUnspecified() || o.Addr().IsUnspecified() && isLocal(ap.Addr()))
 	})
@@ -677,22 +612,12 @@ func (s *server) isOwn(ap netip.AddrPort) bool {
 // isLocal reports whether an address is this host's. It is asked about ports that Sluice listens on alone, so it may be slow.
 func isLocal(a netip.Addr) bool {
 	addrs, _ := net.InterfaceAddrs()
-	return a.IsLoopback() || slices.ContainsFunc(addrs, func(i net.Addr) bool {
-		p, err := netip.ParsePrefix(i.String())
-		return err == nil && p.Addr().Unmap() == a
-	})
+	return a.IsLoopback() || slices.ContainsFunc(addrs, func(i net.Addr) bool { return strings.HasPrefix(i.String(), a.String()+"/") })
 }
 
 func addrPort(a net.Addr) netip.AddrPort {
 	ap := a.(*net.TCPAddr).AddrPort()
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
-}
-
-// logStart says what is in force.
-func (s *server) logStart() {
-	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
-		"admin", s.cfg.Admin, "name", s.cfg.Name, "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
-		"max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -701,15 +626,24 @@ func (s *server) logStart() {
 // client is one client connection and what others need to know of the exchange it is in.
 type client struct {
 	wire
-	addr  netip.Addr
-	watch watched
-	idle  atomic.Bool // between requests
+	addr     netip.Addr
+	watch    watched
+	idle     atomic.Bool // between requests
+	now      time.Time   // when the last request ended
+	greeted  bool        // serve has begun before
+	left     *exchange   // a request that await has read and left
+	over     bool        // no further request is served
+	detached bool        // a tunnel has taken over
+	lingers  bool        // the end is made with care, since unread bytes are about
 
 	mu       sync.Mutex // guards what follows
 	gone     bool       // has hung up
+	grace    bool       // abandonUnlessReading is to run
+	acked    uint64     // bytesAcked when that was decided
 	severed  bool       // the drain has cut it
-	upstream *upstream  // carries this client's request or tunnel
-	tunneled bool       // upstream carries a tunnel, which sees hang-ups itself
+	parked   bool       // no goroutine serves it
+	upstream *upstream  // carries this client's request
+	tunnel   *tunnel    // has taken over, and sees hang-ups itself
 	giveUp   func()     // ends the lookup or dial under way
 	failed   *failure   // why the request's body could not be sent on
 }
@@ -721,55 +655,83 @@ func (s *server) newClient(conn *net.TCPConn) *client {
 	return c
 }
 
-// serve answers a client's requests, one after the other, until the connection ends.
+// serve answers a client's requests, one after the other, until the connection ends, or is idle for so long that it is parked.
 func (c *client) serve() {
-	defer c.srv.serving.Done()
-	defer c.end()
-	c.srv.log.debug("client connected", c.addr)
-	if !c.srv.cfg.AllowClients.contains(c.addr) { // before a byte is read
-		x := c.srv.exchanges.Get().(*exchange)
-		x.begin(c)
-		x.conclude(fail(403, tokenDenied, "client address %s is not allowed (SLUICE_ALLOW_CLIENTS)", c.addr))
-		c.linger()
-		return
+	var parked bool
+	defer c.leave(&parked)
+	if !c.greeted {
+		c.greeted = true
+		c.srv.log.debug("client connected", c.addr)
+		if !c.srv.cfg.AllowClients.contains(c.addr) { // before a byte is read
+			c.newExchange().conclude(fail(403, tokenDenied, "client address %s is not allowed (SLUICE_ALLOW_CLIENTS)", c.addr))
+			c.linger()
+			return
+		}
 	}
 	c.srv.watcher.add(&c.watch, c.raw, c)
-	for keep := true; keep && c.awaitRequest(); {
-		x := c.srv.exchanges.Get().(*exchange)
-		x.begin(c)
-		keep = x.serve()
-		c.srv.exchanges.Put(x)
+	for more := true; more && !c.over; {
+		if more, parked = c.await(); !more {
+			break
+		}
+		x := c.left
+		if c.left = nil; x == nil {
+			x = c.newExchange()
+			x.failure = x.readRequest()
+		}
+		c.finish(x)
+	}
+	if !parked && c.lingers {
+		c.linger()
 	}
 }
 
-// end frees what the connection holds, also after a panic, which ends this connection alone.
-func (c *client) end() {
+func (c *client) newExchange() *exchange {
+	x := c.srv.exchanges.Get().(*exchange)
+	x.begin(c)
+	return x
+}
+
+// finish serves a request that was read.
+func (c *client) finish(x *exchange) {
+	if x.serve(); c.detached {
+		return
+	}
+	c.over, c.lingers = !x.keep, x.lingers && !x.truncated
+	c.now = x.end
+	c.srv.exchanges.Put(x)
+}
+
+// leave is the end of serve, also after a panic, which ends this connection alone.
+func (c *client) leave(parked *bool) {
+	if *parked { // another goroutine may serve it by now
+		return
+	}
 	if p := recover(); p != nil {
-		c.srv.log.process.Error("panic", logType, tokenInternal, logMessage, fmt.Sprint(p), "stack", string(debug.Stack()))
+		c.srv.logPanic(p)
 		c.sever()
 	}
+	if !c.detached {
+		c.end()
+	}
+}
+
+func (s *server) logPanic(p any) {
+	s.log.process.Error("panic", logType, tokenInternal, logMessage, fmt.Sprint(p), "stack", string(debug.Stack()))
+}
+
+// end frees what the connection holds.
+func (c *client) end() {
 	c.srv.watcher.remove(&c.watch)
 	c.tcp.Close()
 	c.drop()
 	c.srv.clients.Delete(c)
 	c.srv.log.debug("client closed", c.addr)
-}
-
-// awaitRequest returns when a request has begun, false when none will. It holds no buffer while it waits.
-func (c *client) awaitRequest() bool {
-	if c.buffered() > 0 {
-		return true
-	}
-	c.drop()
-	c.tcp.SetReadDeadline(deadline(c.srv.cfg.IdleTimeout))
-	c.idle.Store(true)
-	defer c.idle.Store(false)
-	return !c.srv.draining.Load() && c.fillIdle() == nil // draining is looked at last: closeIdle may have been here before
+	c.srv.serving.Done()
 }
 
 // closeIdle ends the wait of a connection that is between requests.
 func (c *client) closeIdle() {
-	if c.idle.Load() {
+	if c.idle.CompareAndSwap(true, false) { // once: the watcher sees this as another hang-up
 		c.tcp.CloseRead()
 	}
 }
@@ -781,7 +743,7 @@ func (c *client) abandon() {
 	if c.giveUp != nil {
 		c.giveUp()
 	}
-	if c.upstream != nil && (c.severed || !c.tunneled) {
+	if c.upstream != nil {
 		c.upstream.tcp.Close()
 	}
 }
@@ -790,18 +752,27 @@ func (c *client) abandon() {
 func (c *client) sever() {
 	c.mu.Lock()
 	c.severed, c.gone = true, true
+	t := c.tunnel
 	c.mu.Unlock()
+	if t != nil {
+		t.end("drain")
+		return
+	}
 	c.abandon()
 	c.tcp.Close()
+	if c.unpark() {
+		go c.serve() // finds it closed
+	}
 }
 
-// track notes what carries the client's request or tunnel, or how to end the dial under way. It reports whether the drain cut it.
-func (c *client) track(up *upstream, tunneled bool, giveUp func()) (severed bool) {
+// track notes what carries the client's request, or how to end the dial under way, or the tunnel that has taken over. It reports
+// whether the drain came first.
+func (c *client) track(up *upstream, giveUp func(), t *tunnel) (severed bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.upstream, c.tunneled, c.giveUp, c.failed = up, tunneled, giveUp, nil
+	c.upstream, c.giveUp, c.tunnel, c.failed = up, giveUp, t, nil
 	if c.gone && (up != nil || giveUp != nil) {
-		time.AfterFunc(hangupGrace, c.abandon)
+		c.graceLocked()
 	}
 	return c.severed
 }
@@ -811,7 +782,7 @@ func (c *client) linger() {
 	if c.tcp.CloseWrite() != nil {
 		return
 	}
-	c.tcp.SetReadDeadline(time.Now().Add(hangupGrace))
+	c.readBy(time.Second)
 	for n := 0; n < 16<<20; n += c.buffered() {
 		if c.r = c.w; c.fill() != nil {
 			return
@@ -832,32 +803,27 @@ type wire struct {
 	raw  syscall.RawConn // of tcp
 	buf  []byte          // nil while nothing is held
 	r, w int             // buf[r:w] is unused
-	vec  [3][]byte       // used by write
-	vecs net.Buffers     // used by write
-
-	idleRead func(uintptr) bool // readIdle, stored since a method value would be allocated at each wait
-	idleErr  error
+	io   wireIO
 }
 
 func (w *wire) attach(srv *server, conn *net.TCPConn) {
 	w.srv, w.tcp = srv, conn
 	w.raw, _ = conn.SyscallConn() // fails on nil only
-	w.idleRead = w.readIdle
+	w.io.prepare(w)
 }
 
 func (w *wire) buffered() int  { return w.w - w.r }
 func (w *wire) unused() []byte { return w.buf[w.r:w.w] }
 
-// fill reads once, into what room there is or is made. It returns an error only when nothing was read.
-func (w *wire) fill() error {
-	w.makeRoom()
-	n, err := w.tcp.Read(w.buf[w.w:])
-	w.w += n
-	if n > 0 {
-		return nil
-	}
-	return err
+// take uses what is here, up to limit bytes.
+func (w *wire) take(limit int64) []byte {
+	b := w.buf[w.r : w.r+int(min(int64(w.buffered()), limit))]
+	w.r += len(b)
+	return b
 }
+
+// readBy sets the time for the next bytes, from now on: 0 = any, less = none.
+func (w *wire) readBy(limit time.Duration) { w.readWithin(time.Now(), limit) }
 
 // makeRoom sees to it that buf[w:] is not empty: unused bytes move to the front, a full buffer gives way to a larger one.
 func (w *wire) makeRoom() {
@@ -882,25 +848,10 @@ func (w *wire) drop() {
 	w.buf, w.r, w.w = nil, 0, 0
 }
 
-// write sends up to three pieces with one system call. The limit is for the kernel to take them.
-func (w *wire) write(limit time.Duration, a, b, c []byte) error {
-	w.tcp.SetWriteDeadline(deadline(limit))
-	if len(b) == 0 && len(c) == 0 {
-		_, err := w.tcp.Write(a)
-		return err
-	}
-	w.vec = [3][]byte{a, b, c}
-	w.vecs = w.vec[:]
-	_, err := w.vecs.WriteTo(w.tcp)
-	w.vec = [3][]byte{}
-	return err
-}
-
 // readHead reads until a whole head stands at the front of the unused bytes, and takes it, with the empty line that ends it.
-// Empty lines before it are skipped (RFC 9112, 2.2). limit is the most bytes it may have; until is when a head that is not here
-// yet must be, zero if a deadline is set already. Errors: a fault, or that of the read. The head is valid until the wire is
-// filled again.
-func (w *wire) readHead(limit int, until time.Time) ([]byte, error) {
+// Empty lines before it are skipped (RFC 9112, 2.2). limit is the most bytes it may have, within the time for what is not here yet;
+// 0 = any, less = what is set already. Errors: a fault, or that of the read. The head is valid until the wire is filled again.
+func (w *wire) readHead(limit int, within time.Duration) ([]byte, error) {
 	for line := 0; ; { // where the line under way begins
 		b := w.unused()
 		if len(b) > 0 && line == 0 && b[0] != '\r' && octets[b[0]]&tokenOctet == 0 {
@@ -919,13 +870,12 @@ func (w *wire) readHead(limit int, until time.Time) ([]byte, error) {
 			}
 			return nil, faultHeadTooLarge
 		case end > 0:
-			w.r += end
-			return b[:end], nil
+			return w.take(int64(end)), nil
 		}
 		line = next
-		if !until.IsZero() {
-			w.tcp.SetReadDeadline(until)
-			until = time.Time{}
+		if within >= 0 {
+			w.readBy(within)
+			within = -1
 		}
 		if err := w.fill(); err != nil {
 			return nil, err
@@ -949,20 +899,15 @@ func sectionEnd(b []byte, line int) (end, next int, err error) {
 	}
 }
 
-// deadline is the instant d from now, or none when d is 0.
-func deadline(d time.Duration) time.Time {
-	if d == 0 {
-		return time.Time{}
-	}
-	return time.Now().Add(d)
-}
+// never is a duration that does not end in practice: 146 years. What is set for it needs no special case.
+const never = time.Duration(1 << 62)
 
-// within is a context that ends after d, or only when cancelled when d is 0.
+// deadline is the instant d from now, 0 = never.
+func deadline(d time.Duration) time.Time { return time.Now().Add(cmp.Or(d, never)) }
+
+// within is a context that ends after d, 0 = only when cancelled.
 func within(d time.Duration) (context.Context, context.CancelFunc) {
-	if d == 0 {
-		return context.WithCancel(context.Background())
-	}
-	return context.WithTimeout(context.Background(), d)
+	return context.WithTimeout(context.Background(), cmp.Or(d, never))
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -970,27 +915,27 @@ func within(d time.Duration) (context.Context, context.CancelFunc) {
 
 // What an octet may be part of.
 const (
-	tokenOctet  = 1 << iota // field names, methods (RFC 9110, 5.6.2)
-	valueOctet              // field values: visible, obs-text, space and tab (RFC 9110, 5.5)
-	targetOctet             // request-targets: visible ASCII but "#", more than RFC 3986 grants since browsers send "|" and "{" raw
-	hostOctet               // names in an authority; "_" stands in many container names
+	tokenOctet  = uint8(1 << iota) // field names, methods (RFC 9110, 5.6.2)
+	valueOctet                     // field values: visible, obs-text, space and tab (RFC 9110, 5.5)
+	targetOctet                    // request-targets: visible ASCII but "#", more than RFC 3986 grants since browsers send "|" and "{" raw
+	hostOctet                      // names in an authority; "_" stands in many container names
+	digitOctet                     // decimals in an authority
 )
 
 var octets = func() (t [256]uint8) {
 	for i := range 256 {
 		b := byte(i)
 		alnum := b >= '0' && b <= '9' || b|0x20 >= 'a' && b|0x20 <= 'z'
-		if alnum || strings.IndexByte("!#$%&'*+-.^_`|~", b) >= 0 {
-			t[i] |= tokenOctet
-		}
-		if b >= 0x20 && b != 0x7f || b == '\t' {
-			t[i] |= valueOctet
-		}
-		if b > 0x20 && b < 0x7f && b != '#' {
-			t[i] |= targetOctet
-		}
-		if alnum || strings.IndexByte("-._", b) >= 0 {
-			t[i] |= hostOctet
+		for kind, member := range map[uint8]bool{
+			tokenOctet:  alnum || strings.IndexByte("!#$%&'*+-.^_`|~", b) >= 0,
+			valueOctet:  b >= 0x20 && b != 0x7f || b == '\t',
+			targetOctet: b > 0x20 && b < 0x7f && b != '#',
+			hostOctet:   alnum || strings.IndexByte("-._", b) >= 0,
+			digitOctet:  b >= '0' && b <= '9',
+		} {
+			if member {
+				t[i] |= kind
+			}
 		}
 	}
 	return t
@@ -1006,6 +951,30 @@ func all(b []byte, kind uint8) bool {
 	return true
 }
 
+// allValue is all for field values, eight bytes at a time: nearly all of a head is such bytes.
+func allValue(b []byte) bool {
+	const ones = 0x0101010101010101
+	for ; len(b) >= 8; b = b[8:] {
+		v := binary.LittleEndian.Uint64(b)
+		d := v ^ 0x7f*ones
+		if ((v-0x20*ones)&^v|(d-ones)&^d)&(0x80*ones) != 0 && !all(b[:8], valueOctet) { // some byte is below 0x20, or 0x7f
+			return false
+		}
+	}
+	return all(b, valueOctet)
+}
+
+// trim removes optional white space (RFC 9110, 5.6.3).
+func trim(b []byte) []byte {
+	for len(b) > 0 && (b[0] == ' ' || b[0] == '\t') {
+		b = b[1:]
+	}
+	for len(b) > 0 && (b[len(b)-1] == ' ' || b[len(b)-1] == '\t') {
+		b = b[:len(b)-1]
+	}
+	return b
+}
+
 func isToken(b []byte) bool { return len(b) > 0 && all(b, tokenOctet) }
 
 // fault is what is wrong with a message's framing or head.
@@ -1014,55 +983,22 @@ type fault string
 func (f fault) Error() string { return string(f) }
 
 const (
-	faultLineTooLong  = fault("the first line is too long")
-	faultHeadTooLarge = fault("the head is too large")
+	faultLineTooLong  = fault("the first line is too long (SLUICE_MAX_HEADER)")
+	faultHeadTooLarge = fault("the head is too large (SLUICE_MAX_HEADER)")
 	faultManyFields   = fault("the head has more than 256 fields")
 	faultBodyTooLarge = fault("the body is too large")
-	faultAuthority    = fault("invalid host or port in the request-target, or user info")
 	faultChunk        = fault("malformed chunk")
 )
 
-// fieldKind tells apart the fields that Sluice acts upon.
+// fieldKind is what becomes of a field.
 type fieldKind uint8
 
 const (
-	fieldOther           fieldKind = iota // passed on
-	fieldVia                              // passed on; looked at for loops
-	fieldDate                             // passed on
-	fieldTrace                            // passed on and logged
-	fieldTrailer                          // passed on, unless it names framing
-	fieldExpect                           // passed on, but not from HTTP/1.0
-	fieldHop                              // hop-by-hop: it and all that follow end here (RFC 9110, 7.6.1)
-	fieldHost                             // re-made from the target
-	fieldLength                           // re-made from the framing
-	fieldCoding                           // re-made from the framing
-	fieldConnection                       //
-	fieldProxyConnection                  // only its "close" is heeded
-	fieldTE                               // its "trailers" is sent on
-	fieldUpgrade                          // its "websocket" is sent on
-	fieldMaxForwards                      // counted down for OPTIONS and TRACE
+	fieldOther  fieldKind = iota // passed on
+	fieldVia                     // passed on, whatever Connection says
+	fieldExpect                  // passed on, but not from HTTP/1.0
+	fieldHop                     // ends here: hop-by-hop (RFC 9110, 7.6.1), or re-made from what is noted of it
 )
-
-var fieldNames = [...]struct {
-	name string
-	kind fieldKind
-}{
-	{"via", fieldVia}, {"date", fieldDate}, {"traceparent", fieldTrace}, {"trailer", fieldTrailer}, {"expect", fieldExpect}, {"keep-alive", fieldHop},
-	{"proxy-authenticate", fieldHop}, {"proxy-authorization", fieldHop}, {"host", fieldHost}, {"content-length", fieldLength},
-	{"transfer-encoding", fieldCoding}, {"connection", fieldConnection}, {"proxy-connection", fieldProxyConnection},
-	{"te", fieldTE}, {"upgrade", fieldUpgrade}, {"max-forwards", fieldMaxForwards},
-}
-
-// kindOf looks a name up. Few names agree in length and first letter, so the scan is mostly of numbers.
-func kindOf(name []byte) fieldKind {
-	for i := range fieldNames {
-		f := &fieldNames[i]
-		if len(name) == len(f.name) && name[0]|0x20 == f.name[0] && equalFold(name, f.name) {
-			return f.kind
-		}
-	}
-	return fieldOther
-}
 
 // equalFold compares b with a lower-case ASCII word, ignoring case. What folds to ASCII from outside it is longer.
 func equalFold(b []byte, lower string) bool {
@@ -1081,14 +1017,12 @@ type head struct {
 	fields []field
 	named  [][]byte // options of Connection that name fields
 
-	minor, hosts                 int   // HTTP/1.minor; number of Host fields
-	length, forwards             int64 // Content-Length, Max-Forwards; -1 without
-	chunked                      bool
+	first                        uint32 // where the field lines begin
+	minor, hosts                 int    // HTTP/1.minor; number of Host fields
+	length, forwards             int64  // Content-Length, Max-Forwards; -1 without
+	chunked, websocket, trailers bool   // Transfer-Encoding: chunked; Upgrade: websocket; TE: trailers
 	close, keepAlive, switchOver bool   // Connection: close, keep-alive, upgrade
-	websocket                    bool   // Upgrade: websocket
-	trailers                     bool   // TE: trailers
-	dated                        bool   // has a Date
-	looped                       bool   // Via names this hop
+	dated, looped                bool   // has a Date; Via names this hop
 	host, trace                  []byte // values of Host and traceparent
 }
 
@@ -1099,33 +1033,30 @@ func (h *head) reset(raw []byte) {
 // parseFields reads the field lines of raw from at up to the empty line. hop is this hop's Via name. unfold turns obs-fold into
 // spaces, as RFC 9112, 5.2 asks of a proxy for responses; without it obs-fold is a fault.
 func (h *head) parseFields(at int, hop []byte, unfold bool) error {
+	h.first = uint32(at)
 	for at < len(h.raw)-2 {
 		end := at + bytes.IndexByte(h.raw[at:], '\n') + 1
 		for unfold && end < len(h.raw)-2 && (h.raw[end] == ' ' || h.raw[end] == '\t') {
 			h.raw[end-2], h.raw[end-1] = ' ', ' '
 			end += bytes.IndexByte(h.raw[end:], '\n') + 1
 		}
-		line, colon := h.raw[at:end-2], 0
-		for colon < len(line) && octets[line[colon]]&tokenOctet != 0 {
-			colon++
-		}
+		line := h.raw[at : end-2]
+		colon := bytes.IndexByte(line, ':')
 		switch {
 		case line[0] == ' ' || line[0] == '\t':
 			return fault("a field line begins with a space (obs-fold)")
-		case colon == 0 || colon == len(line) || line[colon] != ':':
+		case colon < 0 || !isToken(line[:colon]):
 			return fault("a field name is empty, holds an invalid byte, or is not followed by a colon")
-		case !all(line[colon+1:], valueOctet):
+		case !allValue(line[colon+1:]):
 			return fault("a field value holds an invalid byte")
 		case len(h.fields) == 256:
 			return faultManyFields
 		}
-		kind := kindOf(line[:colon])
-		h.fields = append(h.fields, field{uint32(at), uint32(at + colon), uint32(end), kind})
-		if kind != fieldOther {
-			if err := h.note(kind, bytes.Trim(line[colon+1:], " \t"), hop); err != nil {
-				return err
-			}
+		kind, err := h.note(line[:colon], line[colon+1:], hop)
+		if err != nil {
+			return err
 		}
+		h.fields = append(h.fields, field{uint32(at), uint32(at + colon), uint32(end), kind})
 		at = end
 	}
 	if h.chunked && h.length >= 0 {
@@ -1142,59 +1073,73 @@ func (h *head) parseFields(at int, hop []byte, unfold bool) error {
 	return nil
 }
 
-// note takes in what a field that matters says.
-func (h *head) note(kind fieldKind, value, hop []byte) error {
-	switch kind {
-	case fieldLength:
-		n, ok := parseDecimal(value)
-		if !ok || h.length >= 0 && h.length != n {
-			return fault("invalid or differing Content-Length")
-		}
-		h.length = n
-	case fieldCoding:
-		if h.chunked || !equalFold(value, "chunked") || h.minor == 0 {
-			return fault("Transfer-Encoding other than a single chunked, or in HTTP/1.0")
-		}
-		h.chunked = true
-	case fieldConnection, fieldProxyConnection, fieldTE, fieldVia, fieldTrailer:
-		return h.noteList(kind, value, hop)
-	case fieldHost:
+// note takes in what a field says that matters here, and tells its kind.
+func (h *head) note(name, value, hop []byte) (kind fieldKind, err error) {
+	var lower [len("proxy-authorization")]byte
+	if len(name) > len(lower) {
+		return fieldOther, nil
+	}
+	for i, o := range name {
+		lower[i] = o | 0x20 // makes letters and hyphens of nothing else that a token may hold
+	}
+	kind, name, value = fieldHop, lower[:len(name)], trim(value)
+	switch string(name) {
+	case "keep-alive", "proxy-authenticate", "proxy-authorization":
+	case "host":
 		h.hosts++
 		h.host = value
-	case fieldUpgrade:
-		h.websocket = equalFold(value, "websocket")
-	case fieldMaxForwards:
-		n, ok := parseDecimal(value)
-		if !ok {
-			return fault("invalid Max-Forwards")
+	case "content-length":
+		n := parseDecimal(value, math.MaxInt64)
+		if n < 0 || h.length >= 0 && h.length != n {
+			err = fault("invalid or differing Content-Length")
 		}
-		h.forwards = n
-	case fieldDate:
-		h.dated = true
-	case fieldTrace:
-		h.trace = value
+		h.length = n
+	case "transfer-encoding":
+		if h.chunked || !equalFold(value, "chunked") || h.minor == 0 {
+			err = fault("Transfer-Encoding other than a single chunked, or in HTTP/1.0")
+		}
+		h.chunked = true
+	case "connection", "proxy-connection", "te":
+		err = h.noteList(name, value, hop)
+	case "upgrade":
+		h.websocket = equalFold(value, "websocket")
+	case "max-forwards":
+		if h.forwards = parseDecimal(value, math.MaxInt64); h.forwards < 0 {
+			err = fault("invalid Max-Forwards")
+		}
+	case "trailer":
+		kind, err = fieldOther, h.noteList(name, value, hop)
+	case "via":
+		kind, err = fieldVia, h.noteList(name, value, hop)
+	case "date":
+		kind, h.dated = fieldOther, true
+	case "traceparent":
+		kind, h.trace = fieldOther, value
+	case "expect":
+		kind = fieldExpect
+	default:
+		kind = fieldOther
 	}
-	return nil
+	return kind, err
 }
 
 // noteList takes in the elements of a comma-separated value.
-func (h *head) noteList(kind fieldKind, value, hop []byte) error {
+func (h *head) noteList(name, value, hop []byte) error {
 	for item := range bytes.SplitSeq(value, []byte{','}) {
-		switch item = bytes.Trim(item, " \t"); {
-		case kind == fieldVia: // "1.1 name (comment)"
-			if by := bytes.Fields(item); len(by) > 1 && bytes.EqualFold(by[1], hop) {
-				h.looped = true
-			}
-		case kind == fieldTrailer:
-			if k := kindOf(item); k == fieldLength || k == fieldCoding || k == fieldTrailer {
+		switch item = trim(item); {
+		case string(name) == "via": // "1.1 name (comment)"
+			by := bytes.Fields(item)
+			h.looped = h.looped || len(by) > 1 && bytes.EqualFold(by[1], hop)
+		case string(name) == "trailer":
+			if equalFold(item, "content-length") || equalFold(item, "transfer-encoding") || equalFold(item, "trailer") {
 				return fault("Trailer names a field of framing")
 			}
-		case kind == fieldTE:
+		case string(name) == "te":
 			item, _, _ = bytes.Cut(item, []byte{';'})
-			h.trailers = h.trailers || equalFold(bytes.TrimRight(item, " \t"), "trailers")
+			h.trailers = h.trailers || equalFold(trim(item), "trailers")
 		case equalFold(item, "close"):
 			h.close = true
-		case kind == fieldProxyConnection || len(item) == 0 || equalFold(item, "te"):
+		case string(name) == "proxy-connection" || len(item) == 0 || equalFold(item, "te"): // of the former only "close" is heeded
 		case equalFold(item, "keep-alive"):
 			h.keepAlive = true
 		case equalFold(item, "upgrade"):
@@ -1210,50 +1155,43 @@ func (h *head) noteList(kind fieldKind, value, hop []byte) error {
 
 // appendKept appends the field lines that pass through: whole runs of bytes between those that do not.
 func (h *head) appendKept(dst []byte) []byte {
-	from, to := uint32(0), uint32(0)
+	from, end := h.first, h.first
 	for i := range h.fields {
 		f := &h.fields[i]
-		if f.kind >= fieldHop || f.kind == fieldExpect && h.minor == 0 {
-			continue
+		if end = f.end; f.kind >= fieldHop || f.kind == fieldExpect && h.minor == 0 {
+			dst = append(dst, h.raw[from:f.start]...)
+			from = end
 		}
-		if f.start != to {
-			dst = append(dst, h.raw[from:to]...)
-			from = f.start
-		}
-		to = f.end
 	}
-	return append(dst, h.raw[from:to]...)
+	return append(dst, h.raw[from:end]...)
 }
 
 // setVersion reads "HTTP/1.0" or "HTTP/1.1".
 func (h *head) setVersion(b []byte) bool {
-	h.minor = int(b[len(b)-1] - '0')
-	return string(b) == "HTTP/1.1" || string(b) == "HTTP/1.0"
+	h.minor = slices.Index([]string{"HTTP/1.0", "HTTP/1.1"}, string(b))
+	return h.minor >= 0
 }
 
 // parseStatus parses a response head: its first line, "HTTP/1.1 200 reason", and its fields.
 func (h *head) parseStatus() (int, error) {
 	end := bytes.IndexByte(h.raw, '\n') + 1
 	line := h.raw[:end-2]
-	if len(line) < 12 || line[8] != ' ' || len(line) > 12 && line[12] != ' ' || !h.setVersion(line[:8]) || !all(line, valueOctet) {
-		return 0, fault("malformed status line")
-	}
-	status, ok := parseDecimal(line[9:12])
-	if !ok || status < 100 {
+	version, rest, _ := bytes.Cut(line, []byte{' '})
+	code, _, _ := bytes.Cut(rest, []byte{' '})
+	status := parseDecimal(code, 999)
+	if len(code) != 3 || status < 100 || !h.setVersion(version) || !allValue(line) {
 		return 0, fault("malformed status line")
 	}
 	return int(status), h.parseFields(end, nil, true)
 }
 
-// parseDecimal reads digits alone: no sign, no space, no overflow.
-func parseDecimal(b []byte) (n int64, ok bool) {
-	for _, d := range b {
-		if d -= '0'; d > 9 || n > (math.MaxInt64-int64(d))/10 {
-			return 0, false
-		}
-		n = n*10 + int64(d)
+// parseDecimal reads digits alone, no sign and no space, of a number up to most; -1 is a fault.
+func parseDecimal(b []byte, most uint64) int64 {
+	n, err := strconv.ParseUint(string(b), 10, 63)
+	if err != nil || n > most {
+		return -1
 	}
-	return n, len(b) > 0
+	return int64(n)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1269,30 +1207,34 @@ type destination struct {
 
 // exchange is one request and its answer. It belongs to the client's goroutine, and is pooled.
 type exchange struct {
-	srv   *server
-	c     *client
-	start time.Time
+	srv        *server
+	c          *client
+	start, end time.Time
 
 	line, out, in []byte // copies: the request line, the head for the origin (kept for a retry), the head for the client
 	method, auth  []byte // slices of line; auth is host[:port] as the client wrote it, the Host field
 	target        []byte // slice of line: what the origin gets, path and query, "*", for CONNECT nothing
 	connect       bool
 	dst           destination
-	reused        bool           // the upstream connection came from the pool
-	peer          netip.AddrPort // where it goes
+	reused        bool      // the upstream connection came from the pool
+	onward        *upstream // where a tunnel is to lead: the 200 or 101 is on its way
+	peer          string    // the address it goes to
 
 	req, resp         head
 	reqBody, respBody body
+	down              bodyWriter // sends respBody
+	failure           *failure   // why the request could not be read
 	status            int
-	begun             bool   // a byte of the final response is on its way
-	keep, lingers     bool   // the client connection serves another request; is closed with care, since unread bytes are about
-	closed            string // why a tunnel ended
-	upBytes           int64  // of the body or tunnel, from the client
-	trace             string // traceparent's trace-id
+	begun             bool        // a byte of the final response is on its way
+	keep, lingers     bool        // the client connection serves another request; is closed with care, since unread bytes are about
+	truncated         bool        // the client is to be reset, since it could not tell otherwise
+	closed            string      // why a tunnel ended
+	upBytes           int64       // of the body or tunnel, from the client
+	trace             string      // traceparent's trace-id
+	attrs             []slog.Attr // for the record
 
-	upload   sync.WaitGroup // the goroutine of sendBody
-	sent     atomic.Bool    // it has sent all
-	headSeen bool           // the final response has begun; guarded by client.mu
+	uploaded chan struct{} // closed when sendBody ends
+	sent     atomic.Bool   // it has sent all
 
 	awaitClient, awaitOrigin func() // armClient and armOrigin, stored since a method value is allocated each time
 }
@@ -1301,16 +1243,13 @@ type exchange struct {
 func (x *exchange) begin(c *client) {
 	*x = exchange{srv: x.srv, c: c, start: time.Now(), line: x.line[:0], dst: destination{key: x.dst.key[:0]}, out: x.out[:0], in: x.in[:0],
 		req: head{fields: x.req.fields, named: x.req.named}, resp: head{fields: x.resp.fields, named: x.resp.named},
-		awaitClient: x.awaitClient, awaitOrigin: x.awaitOrigin}
+		awaitClient: x.awaitClient, awaitOrigin: x.awaitOrigin, attrs: x.attrs[:0]}
 	x.req.reset(nil)
 }
 
-// serve handles one request from head to log record, and reports whether the connection can serve another.
-func (x *exchange) serve() bool {
-	f := x.readRequest()
-	if f == nil {
-		f = x.admit()
-	}
+// serve handles one request that was read, up to its log record.
+func (x *exchange) serve() {
+	f := x.admit()
 	switch {
 	case f != nil:
 	case x.connect:
@@ -1320,11 +1259,11 @@ func (x *exchange) serve() bool {
 	default:
 		f = x.forward()
 	}
-	x.conclude(f)
-	if x.lingers {
-		x.c.linger()
+	if x.onward != nil {
+		x.relay(x.onward)
+		return
 	}
-	return x.keep
+	x.conclude(f)
 }
 
 // conclude answers a failure where that is still possible, and writes the record.
@@ -1334,82 +1273,81 @@ func (x *exchange) conclude(f *failure) {
 	} else if f != nil {
 		x.keep = false
 	}
+	if x.end.IsZero() {
+		x.end = time.Now()
+	}
 	x.record(f)
 }
 
 // readRequest reads and parses a request head.
 func (x *exchange) readRequest() *failure {
-	raw, err := x.c.readHead(int(x.srv.cfg.MaxHeader), deadline(x.srv.cfg.HeaderTimeout))
+	raw, err := x.c.readHead(int(x.srv.cfg.MaxHeader), x.srv.cfg.HeaderTimeout)
 	if err == nil {
-		end := bytes.IndexByte(raw, '\n') + 1
-		x.req.reset(raw)
-		x.line = append(x.line, raw[:end-2]...)
-		if err = x.parseLine(); err == nil {
-			err = x.req.parseFields(end, x.srv.hop[:len(x.srv.hop)-2], false)
-		}
-		if err == nil {
-			err = x.parseTarget()
-		}
+		err = x.parse(raw)
 	}
 	if err != nil {
 		x.lingers = true
 		return x.clientFailure(err, "head", x.srv.cfg.HeaderTimeout, "SLUICE_HEADER_TIMEOUT")
 	}
 	x.keep = x.req.minor == 1 && !x.req.close // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
-	x.reqBody.begin(&x.c.wire, &x.req, bodyNone, int64(x.srv.cfg.MaxRequestBody))
+	x.reqBody.begin(&x.c.wire, &x.req, bodyLength, int64(x.srv.cfg.MaxRequestBody))
 	x.trace = traceID(string(x.req.trace))
 	return nil
 }
 
 // traceID is the trace-id of a traceparent, "" when that is not well-formed (W3C Trace Context, 3.2): version-trace-parent-flags in
-// lower-case hexadecimal, not all zero.
+// lower-case hexadecimal, not all zero. Versions after 00 may add to it.
 func traceID(parent string) string {
-	var part [4]string
-	for i, n := range []int{2, 32, 16, 2} {
-		text, rest, more := strings.Cut(parent, "-")
-		if len(text) != n || strings.Trim(text, "0123456789abcdef") != "" || more != (i < 3) && (i < 3 || part[0] == "00") {
-			return ""
-		}
-		part[i], parent = text, rest
-	}
-	if part[0] == "ff" || strings.Trim(part[1], "0") == "" || strings.Trim(part[2], "0") == "" {
+	if len(parent) < 55 || len(parent) > 55 && (parent[:2] == "00" || parent[55] != '-') {
 		return ""
 	}
-	return part[1]
+	shaped := parent[2] == '-' && parent[35] == '-' && parent[52] == '-' && strings.Count(parent[:55], "-") == 3
+	hex := strings.Trim(parent[:55], "-0123456789abcdef") == ""
+	if !shaped || !hex || parent[:2] == "ff" || strings.Trim(parent[3:35], "0") == "" || strings.Trim(parent[36:52], "0") == "" {
+		return ""
+	}
+	return parent[3:35]
 }
 
-// parseLine splits "METHOD target HTTP/1.1", single spaces and nothing else (RFC 9112, 3).
-func (x *exchange) parseLine() error {
-	method, rest, ok1 := bytes.Cut(x.line, []byte{' '})
-	target, version, ok2 := bytes.Cut(rest, []byte{' '})
-	if !ok1 || !ok2 || !isToken(method) {
+// parse reads a request head: "METHOD target HTTP/1.1", single spaces and nothing else (RFC 9112, 3), and its fields.
+func (x *exchange) parse(raw []byte) error {
+	end := bytes.IndexByte(raw, '\n') + 1
+	x.req.reset(raw)
+	x.line = append(x.line, raw[:end-2]...)
+	method, rest, _ := bytes.Cut(x.line, []byte{' '})
+	target, version, ok := bytes.Cut(rest, []byte{' '})
+	switch {
+	case !ok || !isToken(method):
 		return fault("malformed request line")
-	}
-	if len(version) == 0 || !x.req.setVersion(version) {
+	case !x.req.setVersion(version):
 		return fault("the version is neither HTTP/1.0 nor HTTP/1.1")
-	}
-	if len(target) == 0 || !all(target, targetOctet) {
+	case len(target) == 0 || !all(target, targetOctet):
 		return fault("the request-target is empty, or holds an invalid byte or a fragment")
 	}
 	x.method, x.target, x.connect = method, target, string(method) == "CONNECT"
-	return nil
+	if err := x.req.parseFields(end, x.srv.hop[:len(x.srv.hop)-2], false); err != nil {
+		return err
+	}
+	return x.parseTarget()
 }
 
-// parseTarget reads the request-target, absolute-form or for CONNECT authority-form. It overrides Host (RFC 9112, 3.2.2).
+// parseTarget reads the request-target, absolute-form or for CONNECT authority-form. It overrides Host, which must be valid none
+// the less (RFC 9112, 3.2).
 func (x *exchange) parseTarget() error {
-	_, _, err := splitAuthority(x.req.host, 80)
-	if x.req.hosts > 1 || x.req.hosts == 0 && x.req.minor == 1 || x.req.hosts == 1 && err != nil {
-		return fault("Host is missing, repeated or invalid")
-	}
-	if x.connect && (x.req.chunked || x.req.length > 0) {
-		return fault("a CONNECT request with a body")
-	} else if x.connect {
-		x.auth, x.target = x.target, nil
-		return x.dst.parse(x.auth, 0)
-	}
 	const scheme = "http://"
-	switch n := min(len(scheme), len(x.target)); {
+	n, std := min(len(scheme), len(x.target)), uint16(80)
+	switch {
+	case x.req.hosts > 1 || x.req.hosts == 0 && x.req.minor == 1:
+		return fault("Host is missing or repeated")
+	case x.connect && (x.req.chunked || x.req.length > 0):
+		return fault("a CONNECT request with a body")
+	case x.connect:
+		x.auth, x.target, std = x.target, nil, 0
 	case equalFold(x.target[:n], scheme):
+		x.auth, x.target = x.target[n:], nil
+		if end := bytes.IndexAny(x.auth, "/?"); end >= 0 {
+			x.auth, x.target = x.auth[:end], x.auth[end:]
+		}
 	case x.target[0] == '/' || x.target[0] == '*':
 		return fault("this is a forward proxy: set http_proxy and https_proxy to its address, or send an absolute URL")
 	case equalFold(x.target[:n], "https:/"):
@@ -1417,11 +1355,15 @@ func (x *exchange) parseTarget() error {
 	default:
 		return fault("the request-target is not an http:// URL")
 	}
-	x.auth, x.target = x.target[len(scheme):], nil
-	if end := bytes.IndexAny(x.auth, "/?"); end >= 0 {
-		x.auth, x.target = x.auth[:end], x.auth[end:]
+	if err := x.dst.parse(x.auth, std); err != nil {
+		return err
 	}
-	return x.dst.parse(x.auth, 80)
+	if x.req.hosts == 1 && !bytes.Equal(x.req.host, x.auth) {
+		if _, _, _, ok := splitAuthority(x.req.host, 80); !ok {
+			return fault("Host is invalid")
+		}
+	}
+	return nil
 }
 
 // countsForwards reports whether Max-Forwards means something to the method (RFC 9110, 7.6.2).
@@ -1431,84 +1373,65 @@ func (x *exchange) countsForwards() bool {
 
 // parse reads an authority; std is the port where it names none, 0 if it must.
 func (d *destination) parse(authority []byte, std uint16) error {
-	host, port, err := splitAuthority(authority, std)
-	if err != nil {
-		return err
+	host, ip, port, ok := splitAuthority(authority, std)
+	if !ok {
+		return fault("invalid host or port in the request-target, or user info")
 	}
-	if host[0] == '[' {
-		ip, _ := netip.ParseAddr(string(host[1 : len(host)-1])) // checked by splitAuthority
-		d.ip = ip.Unmap()
-		d.key = d.ip.AppendTo(d.key)
+	if ip.IsValid() {
+		d.key = ip.AppendTo(d.key)
 	} else {
-		d.ip, _ = parseIPv4(host)
-		d.key = bytes.TrimSuffix(append(d.key, host...), []byte{'.'})
-		for i, o := range d.key {
-			if o >= 'A' && o <= 'Z' {
-				d.key[i] = o | 0x20
-			}
+		d.key = append(d.key, bytes.TrimSuffix(host, []byte{'.'})...)
+	}
+	for i, o := range d.key {
+		if o >= 'A' && o <= 'Z' {
+			d.key[i] = o | 0x20
 		}
 	}
 	n := len(d.key)
 	d.key = strconv.AppendUint(append(d.key, ':'), uint64(port), 10)
-	d.host, d.port = d.key[:n], port
+	d.host, d.ip, d.port = d.key[:n], ip, port
 	return nil
 }
 
-// splitAuthority checks host[:port]; std is the port where none stands, 0 if one must. An IPv6 address keeps its brackets.
-func splitAuthority(b []byte, std uint16) (host []byte, port uint16, err error) {
+// splitAuthority checks host[:port]; std is the port where none stands, 0 if one must. ip is set where the host is an address.
+func splitAuthority(b []byte, std uint16) (host []byte, ip netip.Addr, port uint16, ok bool) {
 	host, port = b, std
 	if i := bytes.LastIndexByte(b, ':'); i > bytes.LastIndexByte(b, ']') {
-		n, ok := parseDecimal(b[i+1:])
-		if !ok || n > 65535 {
-			return nil, 0, faultAuthority
-		}
-		host, port = b[:i], uint16(n)
+		host, port = b[:i], uint16(max(0, parseDecimal(b[i+1:], 65535)))
 	}
-	ok := isHostName(host)
 	if len(host) > 2 && host[0] == '[' && host[len(host)-1] == ']' {
-		ip, err := netip.ParseAddr(string(host[1 : len(host)-1]))
-		ok = err == nil && ip.Is6() && ip.Zone() == ""
+		v6, err := netip.ParseAddr(string(host[1 : len(host)-1]))
+		return host, v6.Unmap(), port, port > 0 && err == nil && v6.Is6() && v6.Zone() == ""
 	}
-	if !ok || port == 0 {
-		return nil, 0, faultAuthority
-	}
-	return host, port, nil
+	ip, ok = parseHost(host)
+	return host, ip, port, ok && port > 0
 }
 
-// isHostName accepts names of letters, digits, "-" and "_" in labels of 1 to 63 bytes, 253 in all, with or without a trailing
+// parseHost accepts names of letters, digits, "-" and "_" in labels of 1 to 63 bytes, 253 in all, with or without a trailing
 // dot, and dotted-quad IPv4. A last label that is a number means an IPv4 address to resolvers and browsers (WHATWG URL, "ends
-// in a number"), in octal, hexadecimal or short forms too; only the plain form is taken.
-func isHostName(b []byte) bool {
+// in a number"), in octal, hexadecimal or short forms too; only the plain form is taken, and is ip. Unlike netip.ParseAddr this
+// takes bytes, so nothing is allocated.
+func parseHost(b []byte) (ip netip.Addr, ok bool) {
 	b = bytes.TrimSuffix(b, []byte{'.'})
-	if len(b) == 0 || len(b) > 253 || !all(b, hostOctet) {
-		return false
+	if len(b) > 253 || !all(b, hostOctet) {
+		return ip, false
 	}
-	label := b
-	for rest, more := b, true; more; {
-		if label, rest, more = bytes.Cut(rest, []byte{'.'}); len(label) == 0 || len(label) > 63 {
-			return false
+	quad, label := make([]byte, 0, 4), b
+	for label = range bytes.SplitSeq(b, []byte{'.'}) {
+		if len(label) == 0 || len(label) > 63 {
+			return ip, false
+		}
+		if all(label, digitOctet) && (label[0] != '0' || len(label) == 1) {
+			if n := parseDecimal(label, 255); n >= 0 {
+				quad = append(quad, byte(n))
+			}
 		}
 	}
-	if len(bytes.Trim(label, "0123456789")) == 0 || label[0] == '0' && len(label) > 1 && label[1]|0x20 == 'x' {
-		_, ok := parseIPv4(b)
-		return ok
+	if all(label, digitOctet) || label[0] == '0' && len(label) > 1 && label[1]|0x20 == 'x' {
+		ip, ok = netip.AddrFromSlice(quad)
+		return ip, ok && bytes.Count(b, []byte{'.'}) == 3
 	}
-	return true
-}
-
-// parseIPv4 reads a dotted quad of plain decimals. Unlike netip.ParseAddr it takes bytes, so nothing is allocated.
-func parseIPv4(b []byte) (netip.Addr, bool) {
-	var quad [4]byte
-	b = bytes.TrimSuffix(b, []byte{'.'})
-	for i := range quad {
-		part, rest, more := bytes.Cut(b, []byte{'.'})
-		n, ok := parseDecimal(part)
-		if !ok || n > 255 || len(part) > 1 && part[0] == '0' || more != (i < 3) {
-			return netip.Addr{}, false
-		}
-		quad[i], b = byte(n), rest
-	}
-	return netip.AddrFrom4(quad), true
+	return ip, true
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1518,6 +1441,8 @@ func parseIPv4(b []byte) (netip.Addr, bool) {
 func (x *exchange) admit() *failure {
 	limit := int64(x.srv.cfg.MaxRequestBody)
 	switch {
+	case x.failure != nil:
+		return x.failure
 	case x.srv.draining.Load():
 		x.keep = false
 		return fail(503, tokenLimit, "this proxy is draining: it takes no more requests")
@@ -1560,6 +1485,7 @@ var specialBlocks = []struct {
 // classify tells the class of an address. One that carries an IPv4 address to which a translator or a relay on the way would
 // send (NAT64, RFC 6052; 6to4, RFC 3056) has that address's class.
 func classify(a netip.Addr) addressClass {
+	a = a.WithZone("")
 	if b := a.As16(); a.Is6() && string(b[:12]) == "\x00\x64\xff\x9b\x00\x00\x00\x00\x00\x00\x00\x00" {
 		a = netip.AddrFrom4([4]byte(b[12:]))
 	} else if a.Is6() && b[0] == 0x20 && b[1] == 0x02 {
@@ -1587,10 +1513,7 @@ func (s *server) judge(d *destination, addrs []netip.Addr) (allowed []netip.Addr
 			refused = fail(403, tokenProhibited, "%s is at a %s address, %s (SLUICE_ALLOW_CIDRS, SLUICE_ALLOW_PRIVATE_HOSTS)", d.host, class, a)
 		}
 	}
-	if len(allowed) > 0 {
-		return allowed, nil
-	}
-	return nil, refused
+	return allowed, refused
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1603,106 +1526,115 @@ const (
 
 // resolver looks names up and remembers the answers for a while.
 type resolver struct {
-	lookup              func(ctx context.Context, network, host string) ([]netip.Addr, error)
-	ttl, stale, timeout time.Duration
-
+	cfg     *config
 	mu      sync.Mutex
 	answers map[string]*dnsAnswer // guarded by mu
 }
 
-// dnsAnswer is what is known of one name; guarded by resolver.mu.
+// dnsAnswer is what one lookup found.
 type dnsAnswer struct {
-	addrs   []netip.Addr  // never changed once set
-	err     error         // of the last lookup
+	addrs   []netip.Addr
+	err     error         // why there are none
 	learned time.Time     // when addrs were true
-	next    time.Time     // when to ask again
-	done    chan struct{} // closed when the lookup under way ends; nil when there is none
+	next    time.Time     // when to ask again, zero while the lookup is under way; guarded by resolver.mu
+	done    chan struct{} // closed when the lookup ends; all but next is set before, and never changed
 }
 
-func newResolver(cfg *config) *resolver {
-	system := &net.Resolver{PreferGo: true} // cgo's getaddrinfo reads "0x7f.1" as an address, which policy has not judged
-	var turn atomic.Uint32
-	system.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
-		if n := len(cfg.DNSServers); n > 0 { // the resolver's next try comes here again, and gets the next server
-			addr = cfg.DNSServers[int(turn.Add(1)-1)%n]
+// ask asks the resolvers in turn, each for its share of the time, until one answers, if only that the name is gone.
+func (r *resolver) ask(host string) (addrs []netip.Addr, gone bool, err error) {
+	servers := r.cfg.DNSServers
+	if len(servers) == 0 {
+		servers = list{""} // those of the system
+	}
+	for _, server := range servers {
+		addrs, err = r.askOne(host, server, r.cfg.DNSTimeout/time.Duration(len(servers)))
+		dns, isDNS := errors.AsType[*net.DNSError](err)
+		if gone = isDNS && dns.IsNotFound; err == nil || gone {
+			break
 		}
-		conn, err := new(net.Dialer).DialContext(ctx, network, addr)
-		if err == nil { // the resolver itself would read on, for 5 s, when nobody waits any more
-			context.AfterFunc(ctx, func() { conn.Close() })
+	}
+	return addrs, gone, err
+}
+
+// askOne asks one resolver within limit, or those of the system, of which the next is asked when one is silent for half of the
+// time. Not cgo's: getaddrinfo reads "0x7f.1" as an address, which policy has not judged.
+func (r *resolver) askOne(host, server string, limit time.Duration) ([]netip.Addr, error) {
+	ctx, cancel := within(limit)
+	defer cancel()
+	var silent atomic.Bool
+	system := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := new(net.Dialer).DialContext(ctx, network, cmp.Or(server, addr))
+		if err == nil { // net.Resolver itself would wait for 5 s, also when nobody waits for it any more
+			patience := time.AfterFunc(cmp.Or(r.cfg.DNSTimeout/2, time.Hour), func() { silent.Store(true); conn.Close() })
+			context.AfterFunc(ctx, func() { patience.Stop(); conn.Close() })
 		}
 		return conn, err
+	}}
+	addrs, err := system.LookupNetIP(ctx, "ip", host)
+	if dns, isDNS := errors.AsType[*net.DNSError](err); isDNS && !dns.IsNotFound && silent.Load() {
+		dns.IsTimeout = true
 	}
-	return &resolver{lookup: system.LookupNetIP, ttl: cfg.DNSCacheTTL, stale: cfg.DNSStale, timeout: cfg.DNSTimeout, answers: map[string]*dnsAnswer{}}
+	return addrs, err
 }
 
 // resolve returns the addresses of a name. Lookups of one name at one time are one, which goes on when ctx ends this wait.
 func (r *resolver) resolve(ctx context.Context, host string) ([]netip.Addr, error) {
+	a := r.answer(host)
+	select {
+	case <-a.done:
+		return a.addrs, a.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// answer finds what is known of a name, or begins to look it up.
+func (r *resolver) answer(host string) *dnsAnswer {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	a := r.answers[host]
-	if a == nil {
-		for other, o := range r.answers { // any may go when there are too many
-			if len(r.answers) < maxNames {
-				break
-			} else if o.done == nil {
-				delete(r.answers, other)
-			}
-		}
-		a = &dnsAnswer{}
-		r.answers[host] = a
+	old := r.answers[host]
+	if old != nil && (old.next.IsZero() || time.Now().Before(old.next)) {
+		return old
 	}
-	if a.done != nil || !time.Now().Before(a.next) {
-		if a.done == nil {
-			a.done = make(chan struct{})
-			go r.refresh(host, a)
-		}
-		done := a.done
-		r.mu.Unlock()
-		select {
-		case <-done:
-		case <-ctx.Done():
-		}
-		r.mu.Lock()
-		if ctx.Err() != nil {
-			return nil, ctx.Err()
+	for other, o := range r.answers { // any may go when there are too many
+		if old != nil || len(r.answers) < maxNames {
+			break
+		} else if !o.next.IsZero() {
+			delete(r.answers, other)
 		}
 	}
-	if len(a.addrs) == 0 {
-		return nil, a.err
-	}
-	return a.addrs, nil
+	a := &dnsAnswer{done: make(chan struct{})}
+	r.answers[host] = a
+	go r.refresh(host, a, old)
+	return a
 }
 
 // refresh looks host up. When that fails, the old answer serves until it is too stale, unless the name is known to be gone.
-func (r *resolver) refresh(host string, a *dnsAnswer) {
-	ctx, cancel := within(r.timeout)
-	addrs, err := r.lookup(ctx, "ip", host)
-	cancel()
-	var dns *net.DNSError
+func (r *resolver) refresh(host string, a, old *dnsAnswer) {
+	addrs, gone, err := r.ask(host)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := time.Now()
-	if a.err = err; err == nil {
+	if err == nil {
 		a.addrs, a.learned = interleave(addrs[:min(len(addrs), maxAddresses)]), now
-	} else if errors.As(err, &dns) && dns.IsNotFound || now.Sub(a.learned) >= r.stale {
-		a.addrs = nil
+	} else if old != nil && !gone && now.Sub(old.learned) < r.cfg.DNSStale {
+		a.addrs, a.learned = old.addrs, old.learned
+	} else {
+		a.err = err
 		delete(r.answers, host)
 	}
-	a.next = now.Add(r.ttl)
+	a.next = now.Add(r.cfg.DNSCacheTTL)
 	close(a.done)
-	a.done = nil
 }
 
 // interleave orders addresses so that the families take turns, beginning with that of the first (RFC 8305, 4).
 func interleave(addrs []netip.Addr) []netip.Addr {
-	rank, seen := map[netip.Addr]int{}, [2]int{}
+	rank, next := map[netip.Addr]int{}, map[bool]int{true: 0, false: 1} // by whether an address is of the family of the first
 	for i, a := range addrs {
-		family := 0
-		if addrs[i] = a.Unmap(); addrs[i].Is4() != addrs[0].Is4() {
-			family = 1
-		}
-		rank[addrs[i]] = 2*seen[family] + family
-		seen[family]++
+		addrs[i] = a.Unmap()
+		first := addrs[i].Is4() == addrs[0].Is4()
+		rank[addrs[i]] = next[first]
+		next[first] += 2
 	}
 	slices.SortFunc(addrs, func(a, b netip.Addr) int { return rank[a] - rank[b] })
 	return slices.Compact(addrs)
@@ -1712,8 +1644,8 @@ func interleave(addrs []netip.Addr) []netip.Addr {
 func (x *exchange) dialUpstream() (*upstream, *failure) {
 	ctx, cancel := within(x.srv.cfg.DialTimeout)
 	defer cancel()
-	x.c.track(nil, false, cancel)
-	defer x.c.track(nil, false, nil)
+	x.c.track(nil, cancel, nil)
+	defer x.c.track(nil, nil, nil)
 	addrs := []netip.Addr{x.dst.ip}
 	if !x.dst.ip.IsValid() {
 		var err error
@@ -1722,24 +1654,26 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 		}
 	}
 	allowed, f := x.srv.judge(&x.dst, addrs)
-	if f != nil {
+	if len(allowed) == 0 {
 		return nil, f
 	}
 	conn, err := x.srv.race(ctx, allowed)
 	if err != nil {
 		return nil, x.dialFailure(err)
 	}
-	up := &upstream{key: string(x.dst.key), peer: addrPort(conn.RemoteAddr())}
-	up.attach(x.srv, conn)
+	up := &upstream{key: string(x.dst.key), peer: addrPort(conn.RemoteAddr()).Addr().String()}
+	up.attach(x.srv, conn.(*net.TCPConn))
 	return up, nil
 }
 
 // dialFailure says why there is no connection.
 func (x *exchange) dialFailure(err error) *failure {
 	host, key := x.dst.host, x.dst.key
-	var dns *net.DNSError
-	var op *net.OpError
-	isDNS, dialled := errors.As(err, &dns), errors.As(err, &op)
+	dns, isDNS := errors.AsType[*net.DNSError](err)
+	op, dialled := errors.AsType[*net.OpError](err)
+	if dialled && !isDNS && op.Addr != nil {
+		x.peer = addrPort(op.Addr).Addr().String()
+	}
 	timeout := errors.Is(err, context.DeadlineExceeded) || isDNS && dns.IsTimeout || dialled && op.Timeout()
 	switch {
 	case errors.Is(err, context.Canceled):
@@ -1764,18 +1698,18 @@ func isUnroutable(err error) bool {
 	return errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EINVAL)
 }
 
-// race connects to the first that answers (RFC 8305), each with a head start, the next at once when one fails.
-func (s *server) race(ctx context.Context, addrs []netip.AddrPort) (*net.TCPConn, error) {
+// race connects to the first that answers (RFC 8305), each with a head start, the next at once when one fails. It avoids
+// Dialer.DialTCP, which binds the socket first: a port that is taken so serves no second destination.
+func (s *server) race(ctx context.Context, addrs []netip.AddrPort) (net.Conn, error) {
 	dialer := &net.Dialer{Control: s.sockets.dialling, KeepAlive: -1}
 	dialer.SetMultipathTCP(false)
 	if len(addrs) == 1 {
-		return dialer.DialTCP(ctx, "tcp", netip.AddrPort{}, addrs[0])
+		return dialer.DialContext(ctx, "tcp", addrs[0].String())
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	winner, losers := make(chan *net.TCPConn), make(chan error)
+	winner, losers := make(chan net.Conn), make(chan error, len(addrs)) // every loser is counted, also when nobody waits
 	start := time.NewTimer(0)
-	defer start.Stop()
 	var worst error
 	for next, lost := 0, 0; lost < len(addrs); {
 		select {
@@ -1798,22 +1732,19 @@ func (s *server) race(ctx context.Context, addrs []netip.AddrPort) (*net.TCPConn
 	return nil, worst
 }
 
-// attempt dials one address. What connects when the race is over is closed.
-func attempt(ctx context.Context, dialer *net.Dialer, addr netip.AddrPort, winner chan<- *net.TCPConn, losers chan<- error) {
-	conn, err := dialer.DialTCP(ctx, "tcp", netip.AddrPort{}, addr)
-	if err != nil {
-		winner = nil
-	} else {
-		losers = nil
-	}
-	select {
-	case winner <- conn:
-	case losers <- err:
-	case <-ctx.Done():
-		if err == nil {
+// attempt dials one address. What connects when the race is over is closed, and lost.
+func attempt(ctx context.Context, dialer *net.Dialer, addr netip.AddrPort, winner chan<- net.Conn, losers chan<- error) {
+	conn, err := dialer.DialContext(ctx, "tcp", addr.String())
+	if err == nil {
+		select {
+		case winner <- conn:
+			return
+		case <-ctx.Done():
 			conn.Close()
+			err = &net.OpError{Op: "dial", Net: "tcp", Err: ctx.Err()}
 		}
 	}
+	losers <- err
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1823,10 +1754,11 @@ func attempt(ctx context.Context, dialer *net.Dialer, addr netip.AddrPort, winne
 type upstream struct {
 	wire
 	key   string // host:port it was dialled for; it is reused for no other
-	peer  netip.AddrPort
+	peer  string // its address
 	watch watched
 	hung  atomic.Bool // the origin has closed its side
 	since time.Time   // idle since; guarded by pool.mu
+	wary  bool        // there may be more than its last response: that had no body by rule, or was moved by the kernel unseen
 }
 
 func (up *upstream) close() {
@@ -1835,38 +1767,45 @@ func (up *upstream) close() {
 	up.drop()
 }
 
+// burstGrace is how long connections are kept that are more than the limits allow. With 1,024 clients and one origin up to a
+// thousand come back between two requests: closing what is over 128 at once made each of those requests dial, at 90 times the cost.
+const burstGrace = 250 * time.Millisecond
+
+// idleList is the idle connections to one host and port.
+type idleList []*upstream
+
 // pool keeps idle connections to origins, by host and port, the youngest last: it is reused first.
 type pool struct {
 	limit, perHost int
 	ttl            time.Duration
 
 	mu     sync.Mutex
-	hosts  map[string][]*upstream // guarded by mu
-	idle   int                    // in all lists; guarded by mu
-	expiry *time.Timer            // runs expire; guarded by mu
+	hosts  map[string]*idleList // guarded by mu
+	idle   int                  // in all lists; guarded by mu
+	expiry *time.Timer          // runs expire; guarded by mu
+	soon   bool                 // it does within burstGrace; guarded by mu
 }
 
 func newPool(cfg *config) *pool {
-	p := &pool{limit: cfg.PoolIdle, perHost: cfg.PoolIdlePerHost, ttl: cfg.PoolIdleTimeout, hosts: map[string][]*upstream{}}
+	p := &pool{limit: cfg.PoolIdle, perHost: cfg.PoolIdlePerHost, ttl: cfg.PoolIdleTimeout, hosts: map[string]*idleList{}}
 	p.expiry = time.AfterFunc(time.Hour, p.expire)
 	p.expire()
 	return p
 }
 
 // get takes a connection that was dialled for key, or nil. A careful caller has it probed whatever its age.
-func (p *pool) get(key []byte, careful bool) *upstream {
+func (p *pool) get(key []byte, now time.Time, careful bool) *upstream {
 	for {
 		p.mu.Lock()
 		list := p.hosts[string(key)]
-		if len(list) == 0 {
+		if list == nil || len(*list) == 0 {
 			p.mu.Unlock()
 			return nil
 		}
-		up := list[len(list)-1]
-		p.removeLocked(up, len(list)-1)
+		up := p.removeLocked(list, len(*list)-1)
 		p.mu.Unlock()
 		// The watcher tells of an end, but not of a farewell (408) that would be taken for the answer to what comes next.
-		if !up.hung.Load() && (!careful && time.Since(up.since) < 100*time.Millisecond || isQuiet(up.raw)) {
+		if !up.hung.Load() && (!careful && !up.wary && now.Sub(up.since) < 100*time.Millisecond || isQuiet(up.raw)) {
 			return up
 		}
 		up.close()
@@ -1874,15 +1813,23 @@ func (p *pool) get(key []byte, careful bool) *upstream {
 }
 
 // put keeps a connection for later, or closes it.
-func (p *pool) put(up *upstream) {
+func (p *pool) put(up *upstream, now time.Time) {
 	up.drop()
 	p.mu.Lock()
 	list := p.hosts[up.key]
-	keep := p.idle < p.limit && len(list) < p.perHost
+	if list == nil {
+		list = new(idleList)
+		p.hosts[up.key] = list
+	}
+	keep := p.limit > 0 && p.perHost > 0
 	if keep {
-		up.since = time.Now()
-		p.hosts[up.key] = append(list, up)
+		up.since = now
+		*list = append(*list, up)
 		p.idle++
+		if p.tooManyLocked(list) && !p.soon {
+			p.soon = true
+			p.expiry.Reset(burstGrace)
+		}
 	}
 	p.mu.Unlock()
 	if !keep || up.hung.Load() && p.remove(up) { // looked at last: the watcher may have come before it was idle
@@ -1890,38 +1837,49 @@ func (p *pool) put(up *upstream) {
 	}
 }
 
-func (p *pool) removeLocked(up *upstream, i int) {
-	p.hosts[up.key] = slices.Delete(p.hosts[up.key], i, i+1)
+func (p *pool) removeLocked(list *idleList, i int) *upstream {
+	up := (*list)[i]
+	*list = slices.Delete(*list, i, i+1)
 	p.idle--
+	return up
 }
 
 // remove takes up out if it is idle; then its caller owns it.
 func (p *pool) remove(up *upstream) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	i := slices.Index(p.hosts[up.key], up)
+	list := cmp.Or(p.hosts[up.key], new(idleList))
+	i := slices.Index(*list, up)
 	if i >= 0 {
-		p.removeLocked(up, i)
+		p.removeLocked(list, i)
 	}
 	return i >= 0
 }
 
-// expire closes connections idle for longer than POOL_IDLE_TIMEOUT and forgets hosts without any, again and again.
+func (p *pool) tooManyLocked(list *idleList) bool { return p.idle > p.limit || len(*list) > p.perHost }
+
+// expire closes connections that are idle for longer than POOL_IDLE_TIMEOUT, or for burstGrace where there are more than POOL_IDLE
+// and POOL_IDLE_PER_HOST allow, and forgets hosts without any, again and again.
 func (p *pool) expire() {
 	var old []*upstream
 	p.mu.Lock()
+	next := max(10*time.Millisecond, min(cmp.Or(p.ttl/4, time.Minute), 5*time.Second))
 	for key, list := range p.hosts {
-		for len(list) > 0 && p.ttl > 0 && time.Since(list[0].since) >= p.ttl {
-			old = append(old, list[0])
-			p.removeLocked(list[0], 0)
-			list = p.hosts[key]
+		for len(*list) > 0 {
+			age := time.Since((*list)[0].since)
+			if !(p.ttl > 0 && age >= p.ttl || p.tooManyLocked(list) && age >= burstGrace) {
+				break
+			}
+			old = append(old, p.removeLocked(list, 0))
 		}
-		if len(list) == 0 {
+		if len(*list) == 0 {
 			delete(p.hosts, key)
+		} else if p.tooManyLocked(list) {
+			next = min(next, burstGrace)
 		}
 	}
-	if p.limit > 0 {
-		p.expiry.Reset(max(10*time.Millisecond, min(cmp.Or(p.ttl/4, time.Minute), 5*time.Second)))
+	if p.soon = next <= burstGrace; p.limit > 0 {
+		p.expiry.Reset(next)
 	}
 	p.mu.Unlock()
 	for _, up := range old {
@@ -1945,9 +1903,8 @@ func (p *pool) close() {
 // replaced by a new one, if the request can be repeated (RFC 9110, 9.2.2).
 func (x *exchange) forward() *failure {
 	x.out = x.appendRequest(x.out)
-	for up := x.srv.pool.get(x.dst.key, !x.repeatable()); ; up = nil {
-		x.reused = up != nil
-		if !x.reused {
+	for up := x.srv.pool.get(x.dst.key, x.start, !x.repeatable()); ; up = nil {
+		if x.reused = up != nil; !x.reused {
 			var f *failure
 			if up, f = x.dialUpstream(); f != nil {
 				return f
@@ -1960,18 +1917,20 @@ func (x *exchange) forward() *failure {
 	}
 }
 
+func (h *head) hasBody() bool { return h.chunked || h.length > 0 }
+
 // repeatable reports whether the request may be sent twice: an idempotent method and no body.
 func (x *exchange) repeatable() bool {
 	switch string(x.method) {
 	case "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE":
-		return x.reqBody.framing == bodyNone
+		return !x.req.hasBody()
 	}
 	return false
 }
 
 // upgrades reports whether the client asks for a WebSocket (RFC 6455, 4.1), the one upgrade that is passed on.
 func (x *exchange) upgrades() bool {
-	return x.req.switchOver && x.req.websocket && x.req.minor == 1 && string(x.method) == "GET" && x.reqBody.framing == bodyNone
+	return x.req.switchOver && x.req.websocket && x.req.minor == 1 && string(x.method) == "GET" && !x.req.hasBody()
 }
 
 // appendRequest makes the head for the origin.
@@ -1984,13 +1943,7 @@ func (x *exchange) appendRequest(b []byte) []byte {
 	}
 	b = append(append(b, x.target...), " HTTP/1.1\r\nHost: "...)
 	b = append(append(b, x.auth...), "\r\n"...)
-	b = x.req.appendKept(b)
-	b = x.appendVia(b, &x.req)
-	if x.reqBody.framing == bodyChunked {
-		b = append(b, "Transfer-Encoding: chunked\r\n"...)
-	} else if x.req.length >= 0 {
-		b = appendNumber(b, "Content-Length: ", x.req.length)
-	}
+	b = x.appendFields(b, &x.req, x.req.chunked, x.req.length)
 	if n := x.req.forwards; n >= 0 {
 		if x.countsForwards() {
 			n-- // 0 is answered by answerSelf
@@ -2005,9 +1958,16 @@ func (x *exchange) appendRequest(b []byte) []byte {
 	return append(b, "\r\n"...)
 }
 
-func (x *exchange) appendVia(b []byte, h *head) []byte {
-	b = append(append(b, "Via: 1."...), '0'+byte(h.minor), ' ')
-	return append(b, x.srv.hop...)
+// appendFields appends what passes through of h, this hop's Via, and framing.
+func (x *exchange) appendFields(b []byte, h *head, chunked bool, length int64) []byte {
+	b = append(append(h.appendKept(b), "Via: 1."...), '0'+byte(h.minor), ' ')
+	b = append(b, x.srv.hop...)
+	if chunked {
+		return append(b, "Transfer-Encoding: chunked\r\n"...)
+	} else if length >= 0 {
+		return appendNumber(b, "Content-Length: ", length)
+	}
+	return b
 }
 
 func appendNumber(b []byte, name string, n int64) []byte {
@@ -2018,11 +1978,11 @@ func appendNumber(b []byte, name string, n int64) []byte {
 // roundTrip carries the request over up and the response back, and leaves up in the pool or closed.
 func (x *exchange) roundTrip(up *upstream) (f *failure) {
 	x.peer = up.peer
-	x.c.track(up, false, nil)
-	sending := x.reqBody.framing == bodyChunked || x.reqBody.framing == bodyLength && x.reqBody.left > int64(x.c.buffered())
+	x.c.track(up, nil, nil)
+	sending := x.reqBody.framing == bodyChunked || x.reqBody.left > int64(x.c.buffered())
 	if sending {
-		up.tcp.SetReadDeadline(time.Time{}) // sendBody sets one when the body is sent
-		x.upload.Add(1)
+		up.readBy(0) // sendBody sets one when the body is sent
+		x.uploaded = make(chan struct{})
 		go x.sendBody(up)
 	} else {
 		f = x.sendWhole(up)
@@ -2030,15 +1990,18 @@ func (x *exchange) roundTrip(up *upstream) (f *failure) {
 	if f == nil {
 		f = x.receive(up)
 	}
-	x.c.track(nil, false, nil)
-	complete := f == nil
+	if x.onward != nil {
+		return nil
+	}
+	x.c.track(nil, nil, nil)
+	x.end = time.Now()
+	persists := f == nil && !x.resp.close && (x.resp.minor == 1 || x.resp.keepAlive) && x.respBody.framing != bodyClose
 	if sending {
-		complete = x.joinUpload(up) && complete
+		persists = x.joinUpload(up) && persists
 	}
 	x.upBytes += x.reqBody.size
-	persists := !x.resp.close && (x.resp.minor == 1 || x.resp.keepAlive) && x.respBody.framing != bodyClose
-	if complete && persists && x.closed == "" && up.buffered() == 0 {
-		x.srv.pool.put(up)
+	if persists && up.buffered() == 0 {
+		x.srv.pool.put(up, x.end)
 	} else {
 		up.close()
 	}
@@ -2048,9 +2011,13 @@ func (x *exchange) roundTrip(up *upstream) (f *failure) {
 // sendWhole sends a request whose body, if any, is already in the client's buffer.
 func (x *exchange) sendWhole(up *upstream) *failure {
 	body, _, _ := x.reqBody.nextBuffered() // cannot fail: its length is known and within the limit
-	up.tcp.SetReadDeadline(deadline(x.srv.cfg.ResponseTimeout))
-	if err := up.write(x.srv.cfg.BodyTimeout, x.out, body, nil); err != nil {
-		return x.upstreamFailure(err, true)
+	x.out = append(x.out, body...)
+	if x.c.buffered() == 0 {
+		x.c.drop() // the answer may take its time, and comes into the same buffer while the cache has it
+	}
+	up.readBy(x.srv.cfg.ResponseTimeout)
+	if err := up.ask(x.srv.cfg.BodyTimeout, x.out); err != nil {
+		return x.upstreamFailure(err)
 	}
 	return nil
 }
@@ -2058,7 +2025,7 @@ func (x *exchange) sendWhole(up *upstream) *failure {
 // sendBody sends the request while receive waits for the response on the same connection, since an origin may answer before it
 // has read everything. It runs in a goroutine of its own. That the origin closed is no failure: it may have answered.
 func (x *exchange) sendBody(up *upstream) {
-	defer x.upload.Done()
+	defer close(x.uploaded)
 	out := bodyWriter{dst: &up.wire, limit: x.srv.cfg.BodyTimeout, head: x.out, chunked: x.reqBody.framing == bodyChunked, started: new(bool)}
 	readErr, writeErr := out.copy(&x.reqBody, x.awaitClient)
 	x.sent.Store(readErr == nil && writeErr == nil)
@@ -2071,19 +2038,25 @@ func (x *exchange) sendBody(up *upstream) {
 	}
 	if x.c.failed != nil {
 		up.tcp.Close()
-	} else if !x.headSeen {
-		up.tcp.SetReadDeadline(deadline(x.srv.cfg.ResponseTimeout))
+	} else if x.respBody.w == nil { // the final response has not begun
+		up.readBy(x.srv.cfg.ResponseTimeout)
 	}
 }
 
 // joinUpload ends sendBody. A body that is not all here is given up, and since its rest cannot be told from a next request, the
 // client connection too. An upstream connection on which it has not sent everything cannot be used again.
 func (x *exchange) joinUpload(up *upstream) (complete bool) {
+	if x.reqBody.ended.Load() { // its last write is over, or waits for an origin that answered and takes no more
+		select {
+		case <-x.uploaded:
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 	if complete = x.sent.Load(); !complete {
 		up.tcp.Close()
 		x.armClient()
 	}
-	x.upload.Wait()
+	<-x.uploaded
 	if !x.reqBody.ended.Load() {
 		x.keep, x.lingers = false, true
 	}
@@ -2094,117 +2067,115 @@ func (x *exchange) joinUpload(up *upstream) (complete bool) {
 func (x *exchange) armClient() {
 	x.c.mu.Lock()
 	defer x.c.mu.Unlock()
+	limit := x.srv.cfg.BodyTimeout
 	if x.c.upstream == nil {
-		x.c.tcp.SetReadDeadline(time.Unix(1, 0))
-	} else {
-		x.c.tcp.SetReadDeadline(deadline(x.srv.cfg.BodyTimeout))
+		limit = -1
 	}
+	x.c.readBy(limit)
 }
 
 // armOrigin sets the limit for the origin's next bytes of a body.
-func (x *exchange) armOrigin() { x.c.upstream.tcp.SetReadDeadline(deadline(x.srv.cfg.BodyTimeout)) }
+func (x *exchange) armOrigin() { x.c.upstream.readBy(x.srv.cfg.BodyTimeout) }
 
 // receive reads the origin's answer and passes it on.
 func (x *exchange) receive(up *upstream) *failure {
 	for interim := 0; ; interim++ {
-		raw, err := up.readHead(int(x.srv.cfg.MaxHeader), time.Time{})
+		raw, err := up.readHead(int(x.srv.cfg.MaxHeader), -1)
 		if err != nil {
-			return x.upstreamFailure(err, interim == 0 && up.buffered() == 0)
+			return x.upstreamFailure(err)
 		}
 		x.resp.reset(raw)
 		status, err := x.resp.parseStatus()
-		if err == nil && status == 101 && !(x.upgrades() && x.resp.switchOver && x.resp.websocket) {
-			err = fault("a 101 response that was not asked for")
-		} else if err == nil && interim == 100 {
-			err = fault("too many informational responses")
-		}
 		switch {
 		case err != nil:
-			return x.upstreamFailure(err, false)
-		case status == 101:
-			x.status, x.keep, x.begun = 101, false, true
-			f := x.tell(append(x.appendResponse(x.in[:0]), "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"...))
-			if f == nil {
-				x.relay(up)
-			}
-			return f
+			return x.upstreamFailure(err)
+		case status == 101 && !(x.upgrades() && x.resp.switchOver && x.resp.websocket):
+			return x.upstreamFailure(fault("a 101 response that was not asked for"))
+		case interim == 100:
+			return x.upstreamFailure(fault("too many informational responses"))
 		case status >= 200:
 			x.status = status
 			return x.respond(up)
-		case x.req.minor == 1: // 1xx are not for HTTP/1.0 clients (RFC 9110, 15.2)
-			if f := x.tell(append(x.appendResponse(x.in[:0]), "\r\n"...)); f != nil {
-				return f
-			}
+		case x.req.minor == 0: // 1xx are not for HTTP/1.0 clients (RFC 9110, 15.2)
+			continue
+		}
+		b := x.appendHead(x.in[:0], false, -1)
+		if status == 101 {
+			x.status, x.keep, x.begun = 101, false, true
+			b = append(b, "Connection: Upgrade\r\nUpgrade: websocket\r\n"...)
+		}
+		if f := x.tell(append(b, "\r\n"...)); f != nil {
+			return f
+		} else if status == 101 {
+			x.onward = up
+			return nil
 		}
 	}
 }
 
-// appendResponse makes the head for the client from the origin's, but for its framing and end.
-func (x *exchange) appendResponse(b []byte) []byte {
+// appendHead makes the head for the client from the origin's, but for its end.
+func (x *exchange) appendHead(b []byte, chunked bool, length int64) []byte {
 	line := x.resp.raw[len("HTTP/1.x"):bytes.IndexByte(x.resp.raw, '\r')]
 	b = append(append(b, "HTTP/1.1"...), line...)
 	if len(line) == len(" 200") {
 		b = append(b, ' ') // the space stands also before an empty reason (RFC 9112, 4)
 	}
-	b = x.resp.appendKept(append(b, "\r\n"...))
-	return x.appendVia(b, &x.resp)
+	return x.appendFields(append(b, "\r\n"...), &x.resp, chunked, length)
 }
 
 // respond passes a final response on: its head together with what is here of the body, then the rest as it comes.
 func (x *exchange) respond(up *upstream) *failure {
-	x.c.mu.Lock()
-	x.headSeen = true
-	x.c.mu.Unlock()
-	limit := int64(x.srv.cfg.MaxResponseBody)
+	limit, length := int64(x.srv.cfg.MaxResponseBody), x.resp.length
+	x.c.mu.Lock() // sendBody asks whether it has begun
 	x.respBody.begin(&up.wire, &x.resp, bodyClose, limit)
+	x.c.mu.Unlock()
 	bodiless := string(x.method) == "HEAD" || x.status == 204 || x.status == 304
+	up.wary = bodiless || length >= spliceFrom
 	if bodiless {
-		x.respBody.framing = bodyNone
-	} else if limit > 0 && x.resp.length > limit {
-		return x.upstreamFailure(faultBodyTooLarge, false)
+		x.respBody.framing, x.respBody.left = bodyLength, 0
+	} else if limit > 0 && length > limit {
+		return x.upstreamFailure(faultBodyTooLarge)
 	}
-	x.keep = x.keep && x.reqBody.ended.Load() && !x.srv.draining.Load()
-	out := bodyWriter{dst: &x.c.wire, limit: x.srv.cfg.BodyTimeout, started: &x.begun}
-	b := x.appendResponse(x.in[:0])
-	switch {
-	case x.status == 204: // no Content-Length (RFC 9110, 8.6)
-	case x.resp.length >= 0:
-		b = appendNumber(b, "Content-Length: ", x.resp.length)
-	case bodiless:
-	case x.req.minor == 1:
-		out.chunked = true
-		b = append(b, "Transfer-Encoding: chunked\r\n"...)
-	default: // the end of the connection is the end of the body
-		x.keep = false
+	if x.status == 204 {
+		length = -1 // RFC 9110, 8.6
 	}
+	chunked := x.respBody.framing != bodyLength && x.req.minor == 1
+	untilClose := x.respBody.framing != bodyLength && !chunked // the end of the connection is the end of the body
+	x.keep = x.keep && !untilClose && x.reqBody.ended.Load() && !x.srv.draining.Load()
+	b := x.appendHead(x.in[:0], chunked, length)
 	if !x.resp.dated {
 		b = time.Now().UTC().AppendFormat(append(b, "Date: "...), http.TimeFormat+"\r\n") // RFC 9110, 6.6.1
 	}
 	if !x.keep {
 		b = append(b, "Connection: close\r\n"...)
 	}
-	x.in = append(b, "\r\n"...)
-	out.head = x.in
-	readErr, writeErr := out.copy(&x.respBody, x.awaitOrigin)
-	if writeErr != nil {
+	b = append(b, "\r\n"...)
+	x.down = bodyWriter{dst: &x.c.wire, limit: x.srv.cfg.BodyTimeout, head: b, chunked: chunked, started: &x.begun}
+	readErr, writeErr := x.down.copy(&x.respBody, x.awaitOrigin)
+	x.in = x.down.head // which may have grown
+	if readErr == nil {
 		return x.clientFailure(writeErr, "", 0, "")
-	} else if readErr == nil {
-		return nil
 	}
-	if x.begun && !out.chunked && x.resp.length < 0 {
+	if x.begun && untilClose {
 		x.c.tcp.SetLinger(0) // a plain close would look like the end of the body
+		x.truncated = true
 	}
-	return x.upstreamFailure(readErr, false)
+	return x.upstreamFailure(readErr)
 }
 
-// clientFailure says what is wrong with the client's connection or message, the part of it that was awaited within limit.
+// clientFailure says what is wrong with the client's connection or message, if anything, the part of it awaited within limit.
 func (x *exchange) clientFailure(err error, part string, limit time.Duration, variable string) *failure {
-	var bad fault
+	if err == nil {
+		return nil
+	}
+	var bad fault // escapes: it is allocated here
 	switch {
 	case errors.Is(err, faultLineTooLong):
 		return fail(414, tokenRequest, "the request-target is longer than %d bytes (SLUICE_MAX_HEADER)", x.srv.cfg.MaxHeader)
-	case errors.Is(err, faultHeadTooLarge), errors.Is(err, faultManyFields):
-		return fail(431, tokenRequest, "%v: it may have %d bytes (SLUICE_MAX_HEADER)", err, x.srv.cfg.MaxHeader)
+	case errors.Is(err, faultManyFields):
+		return fail(431, tokenRequest, "%v", err)
+	case errors.Is(err, faultHeadTooLarge):
+		return fail(431, tokenRequest, "the head is larger than %d bytes (SLUICE_MAX_HEADER)", x.srv.cfg.MaxHeader)
 	case errors.Is(err, faultBodyTooLarge):
 		return fail(413, tokenRequest, "the request body is larger than %d bytes (SLUICE_MAX_REQUEST_BODY)", x.srv.cfg.MaxRequestBody)
 	case errors.As(err, &bad):
@@ -2216,31 +2187,29 @@ func (x *exchange) clientFailure(err error, part string, limit time.Duration, va
 }
 
 // upstreamFailure says what is wrong with the origin's connection or message, or that the client left or sent a bad body.
-func (x *exchange) upstreamFailure(err error, nothing bool) *failure {
+func (x *exchange) upstreamFailure(err error) *failure {
 	x.c.mu.Lock()
-	failed := x.c.failed
+	failed, up := x.c.failed, x.c.upstream
 	x.c.mu.Unlock()
-	awaited, limit := "SLUICE_RESPONSE_TIMEOUT", x.srv.cfg.ResponseTimeout
-	if x.headSeen {
-		awaited, limit = "SLUICE_BODY_TIMEOUT", x.srv.cfg.BodyTimeout
-	}
 	var bad fault
 	switch {
 	case failed != nil:
 		return failed
 	case errors.Is(err, faultLineTooLong), errors.Is(err, faultHeadTooLarge), errors.Is(err, faultManyFields):
-		return fail(502, tokenHeadSize, "response of %s: %v (SLUICE_MAX_HEADER)", x.dst.key, err)
+		return fail(502, tokenHeadSize, "response of %s: %v", x.dst.key, err)
 	case errors.Is(err, faultBodyTooLarge):
 		return fail(502, tokenBodySize, "response of %s: %v (SLUICE_MAX_RESPONSE_BODY)", x.dst.key, err)
 	case errors.As(err, &bad):
 		return fail(502, tokenProtocol, "response of %s: %v", x.dst.key, err)
 	case errors.Is(err, net.ErrClosed): // by client.abandon
 		return fail(0, tokenClient, "the client left before %s had answered", x.dst.key)
+	case errors.Is(err, os.ErrDeadlineExceeded) && x.respBody.w == nil:
+		return fail(504, tokenResponseTimeout, "nothing came from %s for %v (SLUICE_RESPONSE_TIMEOUT)", x.dst.key, x.srv.cfg.ResponseTimeout)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fail(504, tokenResponseTimeout, "nothing came from %s for %v (%s)", x.dst.key, limit, awaited)
+		return fail(504, tokenResponseTimeout, "nothing came from %s for %v (SLUICE_BODY_TIMEOUT)", x.dst.key, x.srv.cfg.BodyTimeout)
 	}
 	f := fail(502, tokenTerminated, "%s closed the connection before its answer was complete", x.dst.key).because(err)
-	f.stale = nothing
+	f.stale = x.resp.raw == nil && up.buffered() == 0
 	return f
 }
 
@@ -2251,8 +2220,7 @@ func (x *exchange) upstreamFailure(err error, nothing bool) *failure {
 type framing uint8
 
 const (
-	bodyNone framing = iota
-	bodyLength
+	bodyLength framing = iota // also none: 0
 	bodyChunked
 	bodyClose // ends with the connection
 )
@@ -2260,8 +2228,7 @@ const (
 // What comes next in a chunked body (RFC 9112, 7.1).
 const (
 	chunkSize = iota
-	chunkData
-	chunkEnd // the CRLF after the data
+	chunkEnd  // the CRLF after the data, of which left is still to come
 	chunkTrailers
 	chunkDone
 )
@@ -2274,150 +2241,134 @@ const (
 
 // body reads the body of one message from a wire.
 type body struct {
-	w       *wire
+	w       *wire // nil before begin
 	framing framing
 	state   int
-	left    int64       // bodyLength: bytes to come; bodyChunked: bytes to come of the chunk
+	left    int64       // bytes to come; bodyChunked: of the chunk; bodyClose: more than can come, until the end has
 	size    int64       // bytes of body so far
 	limit   int64       // most bytes, 0 = any
+	unfold  bool        // it is of a response, where obs-fold becomes a space
 	ended   atomic.Bool // nothing more is to be read of it
+	named   [][]byte    // what Connection named; of a chunked body
 	trailer head        // parsed when a chunked body is done
 }
 
 // begin reads a head's framing; other is what a body without any has.
 func (b *body) begin(w *wire, h *head, other framing, limit int64) {
-	*b = body{w: w, framing: other, limit: limit}
+	*b = body{w: w, framing: other, left: max(h.length, 0), limit: limit, unfold: other == bodyClose}
 	if h.chunked {
 		b.framing = bodyChunked
-	} else if h.length > 0 {
-		b.framing, b.left = bodyLength, h.length
-	} else if h.length == 0 {
-		b.framing = bodyNone
+		for _, name := range h.named {
+			b.named = append(b.named, bytes.Clone(name)) // the head is gone when the trailers come
+		}
+	} else if h.length >= 0 {
+		b.framing = bodyLength
+	} else if other == bodyClose {
+		b.left = math.MaxInt64
 	}
-	b.ended.Store(b.framing == bodyNone)
+	b.ended.Store(b.framing == bodyLength && b.left == 0)
 }
 
-// next returns the next bytes of the body, valid until the wire is filled again, and whether they are the last. There may be
-// none then. beforeRead is called before each wait, to set its deadline.
-func (b *body) next(beforeRead func()) (data []byte, done bool, err error) {
-	for {
-		data, done, err = b.nextBuffered()
-		if done || err != nil || len(data) > 0 {
-			return data, done, err
-		}
-		beforeRead()
-		if err = b.w.fill(); err == io.EOF && b.framing == bodyClose {
-			return nil, true, nil
-		} else if err == io.EOF {
-			return nil, false, io.ErrUnexpectedEOF
-		} else if err != nil {
-			return nil, false, err
-		}
-	}
-}
-
-// nextBuffered is next for what is already here: it returns nothing when more must be read.
+// nextBuffered returns what is here of the body, valid until the wire is filled again, and whether it is the last. When it is nothing,
+// more must be read.
 func (b *body) nextBuffered() (data []byte, done bool, err error) {
-	switch b.framing {
-	case bodyNone:
-		done = true
-	case bodyChunked:
+	if b.framing == bodyChunked {
 		data, err = b.nextChunks()
 		done = b.state == chunkDone
-	case bodyLength:
-		data = b.w.unused()[:min(int64(b.w.buffered()), b.left)]
-		b.w.r += len(data)
-		b.left -= int64(len(data))
+	} else {
+		data = b.takeLeft()
 		done = b.left == 0
-	case bodyClose:
-		data = b.w.unused()
-		b.w.r = b.w.w
 	}
-	b.size += int64(len(data))
-	if b.limit > 0 && b.size > b.limit {
+	if b.size += int64(len(data)); b.limit > 0 && b.size > b.limit {
 		return nil, false, faultBodyTooLarge
 	}
 	b.ended.Store(done)
 	return data, done, err
 }
 
+// takeLeft takes what is here of left.
+func (b *body) takeLeft() []byte {
+	data := b.w.take(b.left)
+	b.left -= int64(len(data))
+	return data
+}
+
+// fill waits for more of the body.
+func (b *body) fill() error {
+	err := b.w.fill()
+	if err == io.EOF && b.framing == bodyClose {
+		b.left, err = 0, nil
+	} else if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
+
 // nextChunks decodes all chunks that are here into one run of bytes: what follows the first chunk's data is moved up to it,
 // over the size lines between, so that many small chunks leave as one.
-func (b *body) nextChunks() ([]byte, error) {
-	w := b.w
-	start, end := w.r, w.r
+func (b *body) nextChunks() (data []byte, err error) {
 	for more := true; more && b.state != chunkDone; {
-		if b.state != chunkData {
-			var err error
-			if more, err = b.chunkFraming(w.unused()); err != nil {
+		if b.left == 0 {
+			if more, err = b.chunkFraming(b.w.unused()); err != nil {
 				return nil, err
 			}
 			continue
 		}
-		n := int(min(b.left, int64(w.buffered())))
-		if end == start {
-			start, end = w.r, w.r
+		piece := b.takeLeft()
+		more = len(piece) > 0
+		if len(data) == 0 {
+			data = piece
 		} else {
-			copy(w.buf[end:], w.buf[w.r:w.r+n])
+			data = append(data, piece...) // within the buffer: data ends before piece begins
 		}
-		end += n
-		w.r += n
-		if b.left -= int64(n); b.left == 0 {
-			b.state = chunkEnd
-		}
-		more = n > 0
 	}
-	return w.buf[start:end], nil
+	return data, nil
 }
 
 // chunkFraming reads what stands between chunks from in. It returns false when not all of it is here.
-func (b *body) chunkFraming(in []byte) (bool, error) {
-	n := 0
+func (b *body) chunkFraming(in []byte) (more bool, err error) {
+	n, next := 0, chunkDone
 	switch b.state {
 	case chunkSize:
-		if n = bytes.IndexByte(in[:min(len(in), maxChunkLine)], '\n') + 1; n == 0 && len(in) < maxChunkLine {
-			return false, nil
+		in = in[:min(len(in), maxChunkLine)]
+		if n = bytes.IndexByte(in, '\n') + 1; n > 0 || len(in) == maxChunkLine {
+			b.left, err = parseChunkSize(in[:n])
 		}
-		var ok bool
-		if b.left, ok = parseChunkSize(in[:n]); !ok {
-			return false, faultChunk
-		}
-		b.state = chunkData
-		if b.left == 0 {
-			b.state = chunkTrailers
+		if next = chunkEnd; b.left == 0 {
+			next = chunkTrailers
 		}
 	case chunkEnd:
-		if n = 2; len(in) < n {
+		if n, next = 2, chunkSize; len(in) < n {
 			return false, nil
-		}
-		if string(in[:n]) != "\r\n" {
-			return false, faultChunk
-		}
-		b.state = chunkSize
-	case chunkTrailers:
-		var err error
-		if n, _, err = sectionEnd(in, 0); n == 0 && len(in) > bufferSize {
+		} else if string(in[:n]) != "\r\n" {
 			err = faultChunk
 		}
-		if n == 0 || err != nil {
-			return false, err
+	case chunkTrailers:
+		if n, _, err = sectionEnd(in, 0); n > 0 {
+			b.trailer.reset(in[:n])
+			b.trailer.named = b.named
+			err = b.trailer.parseFields(0, nil, b.unfold)
+		} else if err == nil && len(in) > bufferSize {
+			err = faultChunk
 		}
-		b.trailer.reset(in[:n])
-		if err := b.trailer.parseFields(0, nil, false); err != nil {
-			return false, err
-		}
-		b.state = chunkDone
+	}
+	if n == 0 || err != nil {
+		return false, err
 	}
 	b.w.r += n
+	b.state = next
 	return true, nil
 }
 
 // parseChunkSize reads a chunk-size line: 1 to 15 hex digits, then an extension, which may hold only what a field value may.
-func parseChunkSize(line []byte) (int64, bool) {
+func parseChunkSize(line []byte) (int64, error) {
 	line, ended := bytes.CutSuffix(line, []byte("\r\n"))
 	size, ext, _ := bytes.Cut(line, []byte{';'})
 	n, err := strconv.ParseUint(string(size), 16, 63)
-	return int64(n), ended && err == nil && len(size) < 16 && all(ext, valueOctet)
+	if !ended || err != nil || len(size) > 15 || !all(ext, valueOctet) {
+		return 0, faultChunk
+	}
+	return int64(n), nil
 }
 
 // bodyWriter sends the body of one message, its head with the first piece.
@@ -2429,210 +2380,283 @@ type bodyWriter struct {
 	started *bool  // set when the first byte is on its way
 }
 
-// copy sends all of b. The head goes out at once when none of the body is here.
+// copy sends all of b. The head does not wait for the body. beforeRead is called before each wait, to set its deadline.
 func (o *bodyWriter) copy(b *body, beforeRead func()) (readErr, writeErr error) {
-	if b.framing != bodyNone && b.w.buffered() == 0 {
-		writeErr = o.send(o.head, nil, nil)
-	}
-	for done := false; !done && writeErr == nil; {
-		var data []byte
-		if data, done, readErr = b.next(beforeRead); readErr != nil {
-			return readErr, nil
+	for {
+		data, done, err := b.nextBuffered()
+		if err != nil {
+			return err, nil
 		}
-		writeErr = o.write(data, done, b)
-		if b.framing == bodyLength && b.left >= spliceFrom && writeErr == nil && kernelMoves {
-			m := move{dst: o.dst, src: b.w, limit: b.left, beforeRead: beforeRead, patient: func() bool { return false }, moved: func() {}}
-			m.beforeWrite = func() { o.dst.tcp.SetWriteDeadline(deadline(o.limit)) }
-			n, err := m.run()
-			b.size += n
-			b.left -= n
-			done = b.left == 0
-			b.ended.Store(done)
-			if m.readFailed {
+		if err = o.write(data, done, b); err != nil || done {
+			return nil, err
+		}
+		if len(data) == 0 {
+			beforeRead()
+			if err = b.fill(); err != nil {
 				return err, nil
 			}
-			writeErr = err
+		}
+		if b.framing == bodyLength && b.left >= spliceFrom {
+			if readErr, writeErr = o.splice(b, beforeRead); readErr != nil || writeErr != nil {
+				return readErr, writeErr
+			}
 		}
 	}
-	return nil, writeErr
 }
 
 // write sends the next piece; done says that it is the last of b.
 func (o *bodyWriter) write(data []byte, done bool, b *body) error {
-	out := o.head
+	out, after := o.head, ""
 	if o.chunked && len(data) > 0 {
-		out = append(strconv.AppendUint(out, uint64(len(data)), 16), "\r\n"...)
+		out, after = append(strconv.AppendUint(out, uint64(len(data)), 16), "\r\n"...), "\r\n"
 	}
 	before := len(out)
 	if len(data) <= smallPiece {
-		out = append(out, data...)
+		out, data = append(out, data...), nil
 	}
-	if o.chunked && len(data) > 0 {
-		out = append(out, "\r\n"...)
-	}
+	out = append(out, after...)
 	if o.chunked && done {
 		out = b.trailer.appendKept(append(out, "0\r\n"...))
 		out = append(out, "\r\n"...)
 	}
-	if len(data) <= smallPiece {
-		return o.send(out, nil, nil)
+	o.head = out[:0]
+	if len(data) == 0 {
+		before = len(out) // a single piece
 	}
-	return o.send(out[:before], data, out[before:])
-}
-
-func (o *bodyWriter) send(a, b, c []byte) error {
-	o.head = a[:0]
-	if len(a)+len(b) == 0 {
+	if before+len(data) == 0 {
 		return nil
 	}
 	*o.started = true
-	return o.dst.write(o.limit, a, b, c)
+	return o.dst.write(o.limit, out[:before], data, out[before:])
 }
 
 // move is one transfer of bytes from a wire to another; run does it.
 type move struct {
-	dst, src                *wire
-	limit                   int64       // most bytes to move
-	beforeRead, beforeWrite func()      // called before each wait, to set its deadline
-	patient                 func() bool // called when that is over, to know whether to wait on
-	moved                   func()      // called when bytes have moved
-	readFailed              bool        // set when the error is that of src
+	dst, src   *wire
+	limit      int64         // most bytes to move
+	beforeRead func()        // called before each wait, to set its deadline; nil = there is none, or it is set by others
+	patience   time.Duration // for each piece to be taken by dst, 0 = any
+	moved      func()        // called when bytes have moved
+	readFailed bool          // set when the error is that of src
 }
 
-// mayRetry reports whether what err stopped is to be tried again.
-func (m *move) mayRetry(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) && m.patient() }
+// mayRetry reports whether what err stopped is to be tried again, since the deadline was not that of beforeRead.
+func (m *move) mayRetry(err error) bool {
+	return m.beforeRead != nil && errors.Is(err, os.ErrDeadlineExceeded) && m.src.firedEarly()
+}
 
-// flush moves what is buffered of src.
-func (m *move) flush(limit int64) (total int64, err error) {
-	for total < limit && m.src.buffered() > 0 && err == nil {
-		m.beforeWrite()
-		var n int
-		n, err = m.dst.tcp.Write(m.src.unused()[:min(int64(m.src.buffered()), limit-total)])
-		m.src.r += n
-		total += int64(n)
-		m.moved()
-		if m.mayRetry(err) {
-			err = nil
-		}
+func (m *move) armWrite() {
+	if m.patience > 0 {
+		m.dst.tcp.SetWriteDeadline(deadline(m.patience))
 	}
-	return total, err
+}
+
+// flush moves what is buffered of src, up to limit bytes.
+func (m *move) flush(limit int64) (int64, error) {
+	piece := m.src.take(limit)
+	if len(piece) == 0 {
+		return 0, nil
+	}
+	m.armWrite()
+	n, err := m.dst.tcp.Write(piece)
+	m.moved()
+	return int64(n), err
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tunnels
 
-// tunnel is two moves, one in each direction. Both see the same clock: bytes in either direction keep both alive.
+// parkAfter is how long a client or a direction of a tunnel waits for bytes in a goroutine of its own. After that the watcher
+// waits for it: a goroutine holds 4 to 8 kB for its stack, and many connections are idle for minutes.
+const parkAfter = time.Second
+
+// tunnel carries bytes both ways, each direction by itself, until both have ended (RFC 9110, 9.3.6). Bytes in either keep both alive.
 type tunnel struct {
-	cfg        *config
-	client, up *wire
-	since      time.Time
-	last       atomic.Int64           // when a byte last moved, in ns after since
-	reason     atomic.Pointer[string] // why it ended, or which side closed first
-	down       int64                  // bytes to the client; owned by download until it ends
-	half       atomic.Bool            // one side has closed
-	ended      atomic.Bool            // end was called
-	other      sync.WaitGroup
+	x        *exchange // owned by the tunnel, with the client's connection
+	up       *upstream
+	since    time.Time
+	last     atomic.Int64 // when a byte last moved, in ns after since
+	half     atomic.Bool  // one side has closed
+	onward   direction    // to the origin
+	backward direction    // to the client
+
+	mu     sync.Mutex  // guards what follows
+	timer  *time.Timer // runs tick
+	open   int         // directions that have not ended
+	reason string      // why it ended, or which side closed first
+	ended  bool
 }
 
-// tunnel serves a CONNECT request: it dials, says 200 and carries bytes until both sides are done.
+// direction is carried by a goroutine, or parked: the watcher will wake it.
+type direction struct {
+	t        *tunnel
+	dst, src *wire
+	watch    *watched // of src
+	closed   string   // the reason when src closes
+	bytes    int64    // owned by carry
+	parked   bool     // guarded by tunnel.mu
+}
+
+// tunnel serves a CONNECT request up to the 200.
 func (x *exchange) tunnel() *failure {
 	x.keep = false
+	if x.c.buffered() == 0 {
+		x.c.drop() // dialling may take long
+	}
 	up, f := x.dialUpstream()
 	if f != nil {
 		return f
 	}
-	defer up.close()
 	x.status, x.begun = 200, true
 	if f := x.tell([]byte("HTTP/1.1 200 Connection Established\r\n\r\n")); f != nil {
+		up.close()
 		return f
 	}
-	x.relay(up)
+	x.onward = up
 	return nil
 }
 
-// relay carries bytes both ways until both directions have ended (RFC 9110, 9.3.6).
+// relay hands x, its client's connection and up over to a tunnel.
 func (x *exchange) relay(up *upstream) {
-	t := &tunnel{cfg: &x.srv.cfg, client: &x.c.wire, up: &up.wire, since: time.Now()}
-	x.peer = up.peer
-	x.c.track(up, true, nil)
-	t.other.Add(1)
-	go t.download()
-	x.upBytes = t.carry(t.up, t.client, "client_closed")
-	t.other.Wait()
-	x.respBody.size, x.closed = t.down, *t.reason.Load()
-	if x.c.track(nil, false, nil) {
-		x.closed = "drain"
+	t := &tunnel{x: x, up: up, since: time.Now(), open: 2}
+	c := x.c
+	t.onward = direction{t: t, dst: &up.wire, src: &c.wire, watch: &c.watch, closed: "client_closed"}
+	t.backward = direction{t: t, dst: &c.wire, src: &up.wire, watch: &up.watch, closed: "upstream_closed"}
+	x.peer, x.in, x.out, x.req.fields, x.resp.fields = up.peer, nil, nil, nil, nil // what the record does not need
+	c.over, c.detached = true, true
+	c.tcp.SetWriteDeadline(time.Time{}) // that of the answer, or of an earlier request
+	up.tcp.SetWriteDeadline(time.Time{})
+	t.mu.Lock()
+	t.timer = time.AfterFunc(parkAfter, t.tick)
+	t.mu.Unlock()
+	if c.track(nil, nil, t) {
+		t.end("drain")
+	}
+	for _, d := range []*direction{&t.onward, &t.backward} {
+		if d.src.buffered() > 0 || !d.park() {
+			go d.carry()
+		}
 	}
 }
 
-func (t *tunnel) download() {
-	defer t.other.Done()
-	t.down = t.carry(t.client, t.up, "upstream_closed")
+// carry moves bytes until src has been idle for a while, or ends: that is passed on.
+func (d *direction) carry() {
+	defer func() {
+		if p := recover(); p != nil { // ends this tunnel alone
+			d.t.x.srv.logPanic(p)
+			d.t.end("internal_error")
+			d.t.leave()
+		}
+	}()
+	for {
+		m := move{dst: d.dst, src: d.src, limit: math.MaxInt64, moved: d.t.touch}
+		n, err := m.run()
+		d.bytes += n
+		if !m.readFailed || !errors.Is(err, os.ErrDeadlineExceeded) {
+			d.over(err)
+			return
+		}
+		d.src.tcp.SetReadDeadline(time.Time{}) // tick found it idle
+		if d.park() {
+			return
+		}
+	}
 }
 
-// carry moves bytes from src to dst until src ends, and passes that end on. It returns how many there were.
-func (t *tunnel) carry(dst, src *wire, reason string) int64 {
-	m := move{dst: dst, src: src, limit: math.MaxInt64, moved: t.touch, patient: t.isAlive}
-	m.beforeRead = func() { t.arm(src.tcp.SetReadDeadline) }
-	m.beforeWrite = func() { t.arm(dst.tcp.SetWriteDeadline) }
-	n, err := m.run()
-	switch {
-	case err == io.ErrUnexpectedEOF:
-		t.reason.CompareAndSwap(nil, &reason)
+// over ends the direction.
+func (d *direction) over(err error) {
+	t := d.t
+	if err == io.ErrUnexpectedEOF {
+		t.mu.Lock()
+		t.reason = cmp.Or(t.reason, d.closed)
+		t.mu.Unlock()
+		t.touch()
 		t.half.Store(true)
-		t.arm(dst.tcp.SetReadDeadline) // the other direction has less patience now
-		t.arm(src.tcp.SetWriteDeadline)
-		if dst.tcp.CloseWrite() != nil {
-			t.end(reason)
+		if d.dst.tcp.CloseWrite() != nil {
+			t.end(d.closed)
 		}
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		_, over := t.deadline()
-		t.end(over)
-	default: // passed on as what it is: neither side shall take what it got for everything
-		t.client.tcp.SetLinger(0)
-		t.up.tcp.SetLinger(0)
+		t.tick() // the other direction has less patience now
+	} else { // passed on as what it is: neither side shall take what it got for everything
+		d.src.tcp.SetLinger(0)
+		d.dst.tcp.SetLinger(0)
 		t.end("connection_error")
 	}
-	return n
+	t.leave()
 }
 
 // end ends the tunnel; the first reason to do so stays.
 func (t *tunnel) end(reason string) {
-	if !t.ended.Swap(true) {
-		t.reason.Store(&reason)
+	t.mu.Lock()
+	if t.ended {
+		t.mu.Unlock()
+		return
 	}
-	t.client.tcp.Close()
+	t.ended, t.reason = true, reason
+	t.mu.Unlock()
 	t.up.tcp.Close()
+	t.x.c.tcp.Close()
+	for _, d := range []*direction{&t.onward, &t.backward} {
+		if d.unpark() {
+			t.leave()
+		}
+	}
+}
+
+// leave takes note that a direction has ended. With the second the tunnel is over.
+func (t *tunnel) leave() {
+	t.mu.Lock()
+	t.open--
+	over := t.open == 0
+	t.ended = t.ended || over
+	t.mu.Unlock()
+	if !over {
+		return
+	}
+	t.timer.Stop()
+	x, c := t.x, t.x.c
+	x.upBytes, x.respBody.size, x.closed = t.onward.bytes, t.backward.bytes, t.reason
+	x.conclude(nil)
+	t.up.close()
+	c.end()
 }
 
 func (t *tunnel) touch() { t.last.Store(int64(time.Since(t.since))) }
 
-// arm sets a deadline, again if a half-close came in between.
-func (t *tunnel) arm(set func(time.Time) error) {
-	for half := !t.half.Load(); half != t.half.Load(); {
-		half = t.half.Load()
-		at, _ := t.deadline()
-		set(at)
+// tick ends a tunnel whose time is over, and has directions park that wait in vain.
+func (t *tunnel) tick() {
+	now := time.Now()
+	at, reason := t.deadline()
+	if !now.Before(at) {
+		t.end(reason)
+		return
+	}
+	quiet := now.Sub(t.since)-time.Duration(t.last.Load()) >= parkAfter
+	next := at.Sub(now)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, d := range []*direction{&t.onward, &t.backward} {
+		if !d.parked {
+			next = min(next, parkAfter)
+		}
+		if !d.parked && quiet {
+			d.src.tcp.SetReadDeadline(time.Unix(1, 0))
+		}
+	}
+	if !t.ended {
+		t.timer.Reset(next)
 	}
 }
 
-// isAlive reports whether bytes went the other way while one waited.
-func (t *tunnel) isAlive() bool {
-	at, _ := t.deadline()
-	return at.IsZero() || time.Now().Before(at)
-}
-
-// deadline is when the tunnel ends if no byte moves, zero when never, and why.
+// deadline is when the tunnel ends if no byte moves, and why.
 func (t *tunnel) deadline() (at time.Time, reason string) {
-	patience, reason := t.cfg.TunnelIdleTimeout, "idle_timeout"
+	cfg := &t.x.srv.cfg
+	patience, reason := cfg.TunnelIdleTimeout, "idle_timeout"
 	if t.half.Load() {
-		patience, reason = t.cfg.TunnelHalfCloseTimeout, "half_close_timeout"
+		patience, reason = cfg.TunnelHalfCloseTimeout, "half_close_timeout"
 	}
-	if patience > 0 {
-		at = t.since.Add(time.Duration(t.last.Load()) + patience)
-	}
-	if age := t.cfg.TunnelMaxAge; age > 0 && (at.IsZero() || t.since.Add(age).Before(at)) {
-		at, reason = t.since.Add(age), "max_age"
+	at = t.since.Add(time.Duration(t.last.Load()) + cmp.Or(patience, never))
+	if end := t.since.Add(cmp.Or(cfg.TunnelMaxAge, never)); end.Before(at) {
+		at, reason = end, "max_age"
 	}
 	return at, reason
 }
@@ -2681,54 +2705,44 @@ func (f *failure) because(err error) *failure {
 
 // answer sends the response that stands for f.
 func (x *exchange) answer(f *failure) {
-	body := "sluice: " + f.text + "\n"
-	if x.connect {
-		x.keep, x.lingers = false, true // what follows is not a request
-	}
-	b := x.appendAnswer(f.status, "text/plain", len(body))
 	name := x.srv.cfg.Name
 	if c := name[0] | 0x20; c < 'a' || c > 'z' {
 		name = strconv.Quote(name) // a token begins with a letter; both texts are printable ASCII (RFC 8941, 3.3)
 	}
-	b = fmt.Appendf(b, "Proxy-Status: %s; error=%s; details=%q\r\n\r\n", name, f.token, f.text)
-	if string(x.method) != "HEAD" {
-		b = append(b, body...)
-		x.respBody.size = int64(len(body))
-	}
-	x.keep = x.tell(b) == nil && x.keep
-}
-
-// tell sends a message without a body to be streamed.
-func (x *exchange) tell(b []byte) *failure {
-	if err := x.c.write(x.srv.cfg.BodyTimeout, b, nil, nil); err != nil {
-		return x.clientFailure(err, "", 0, "")
-	}
-	return nil
-}
-
-// appendAnswer begins a response of Sluice's own. A request body that has not been read ends the connection.
-func (x *exchange) appendAnswer(status int, mediaType string, length int) []byte {
-	if !x.reqBody.ended.Load() {
-		x.keep, x.lingers = false, true
-	}
-	x.status = status
-	b := fmt.Appendf(x.in[:0], "HTTP/1.1 %d %s\r\nDate: %s\r\nVia: 1.1 %sContent-Type: %s\r\nContent-Length: %d\r\n", status, http.StatusText(status),
-		time.Now().UTC().Format(http.TimeFormat), x.srv.hop, mediaType, length)
-	if !x.keep {
-		b = append(b, "Connection: close\r\n"...)
-	}
-	return b
+	ascii := strings.ReplaceAll(f.text, "µ", "u") // of a duration
+	why := fmt.Sprintf("Proxy-Status: %s; error=%s; details=%q\r\n", name, f.token, ascii)
+	x.keep = x.reply(f.status, "text/plain", why, "sluice: "+f.text+"\n") == nil && x.keep
 }
 
 // answerSelf answers OPTIONS and TRACE whose Max-Forwards has run out here (RFC 9110, 7.6.2), TRACE without fields: they hold secrets.
 func (x *exchange) answerSelf() *failure {
-	mediaType, echo := "text/plain", ""
 	if string(x.method) == "TRACE" {
-		mediaType, echo = "message/http", string(x.line)+"\r\n\r\n"
+		return x.reply(200, "message/http", "", string(x.line)+"\r\n\r\n")
 	}
-	b := append(x.appendAnswer(200, mediaType, len(echo)), "\r\n"+echo...)
-	x.begun, x.respBody.size = true, int64(len(echo))
+	return x.reply(200, "text/plain", "", "")
+}
+
+// reply sends a response of Sluice's own. A request body that has not been read, or a tunnel's bytes, end the connection.
+func (x *exchange) reply(status int, mediaType, fields, body string) *failure {
+	if x.connect || !x.reqBody.ended.Load() {
+		x.keep, x.lingers = false, true
+	}
+	if !x.keep {
+		fields += "Connection: close\r\n"
+	}
+	x.status, x.begun = status, true
+	b := fmt.Appendf(x.in[:0], "HTTP/1.1 %d %s\r\nDate: %s\r\nVia: 1.1 %sContent-Type: %s\r\nContent-Length: %d\r\n%s\r\n", status,
+		http.StatusText(status), time.Now().UTC().Format(http.TimeFormat), x.srv.hop, mediaType, len(body), fields)
+	if string(x.method) != "HEAD" {
+		b = append(b, body...)
+		x.respBody.size = int64(len(body))
+	}
 	return x.tell(b)
+}
+
+// tell sends a message without a body to be streamed.
+func (x *exchange) tell(b []byte) *failure {
+	return x.clientFailure(x.c.write(x.srv.cfg.BodyTimeout, b, nil, nil), "", 0, "")
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2756,36 +2770,43 @@ const (
 	logTrace    = "trace_id"
 )
 
-// logger writes through a queue. Records about traffic are sampled by level before they are built, those about the process never.
+// logger stands before a writer that may block. A goroutine writes what waits in one piece; what finds LOG_BUFFER full is dropped.
+// Records about traffic are sampled by level before they are built, those about the process never.
 type logger struct {
+	cfg     *config
 	process *slog.Logger
-	shares  shares
-	queue   *logQueue
+	direct  *slog.Logger // past the queue
+	out     io.Writer
+	done    chan struct{} // closed when everything is written after close
+
+	mu      sync.Mutex // guards what follows
+	work    sync.Cond  // there may be something to do
+	waiting []byte
+	records int // waiting or being written
+	dropped int // since that was last said
+	closed  bool
 }
 
 func newLogger(cfg *config, stdout io.Writer) *logger {
-	file, terminal := stdout.(*os.File)
-	if terminal {
-		info, err := file.Stat()
-		terminal = err == nil && info.Mode()&os.ModeCharDevice != 0
-	}
+	file, _ := stdout.(*os.File)
+	info, err := file.Stat() // fails on nil
+	terminal := err == nil && info.Mode()&os.ModeCharDevice != 0
 	encoder := func(w io.Writer) slog.Handler {
 		if cfg.LogFormat == "text" || cfg.LogFormat == "auto" && terminal {
 			return tint.NewTextHandler(w, &tint.Options{Level: cfg.LogLevel, NoColor: !terminal || os.Getenv("NO_COLOR") != ""})
 		}
 		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: cfg.LogLevel})
 	}
-	l := &logger{shares: cfg.LogSample, queue: &logQueue{out: stdout, room: cfg.LogBuffer, more: make(chan struct{}, 1), done: make(chan struct{})}}
-	l.queue.direct = slog.New(encoder(stdout))
-	l.process = slog.New(encoder(l.queue))
-	go l.queue.drain()
+	l := &logger{cfg: cfg, out: stdout, direct: slog.New(encoder(stdout)), done: make(chan struct{})}
+	l.process, l.work.L = slog.New(encoder(l)), &l.mu
+	go l.drain()
 	return l
 }
 
 // wants decides whether a record about traffic is written.
 func (l *logger) wants(level slog.Level) bool {
-	share := l.shares[shareOf(level)]
-	return l.process.Enabled(context.Background(), level) && (share == 1 || share > 0 && rand.Float64() < share)
+	share, named := l.cfg.LogSample[level]
+	return l.process.Enabled(context.Background(), level) && (!named || rand.Float64() < share)
 }
 
 // debug records that a connection opened or closed.
@@ -2798,27 +2819,31 @@ func (l *logger) debug(msg string, client netip.Addr) {
 // record writes the one record of an exchange: info when served or given up by the client, warn when refused or not possible.
 func (x *exchange) record(f *failure) {
 	level, msg := slog.LevelInfo, "request"
-	if f != nil && f.token == tokenInternal {
-		level = slog.LevelError
-	} else if f != nil && f.token != tokenClient {
+	if x.connect {
+		msg = "tunnel"
+	}
+	if f != nil && f.token != tokenClient {
 		level = slog.LevelWarn
 	}
-	if !x.srv.log.wants(level) {
-		return
+	if log := x.srv.log; log.wants(level) {
+		x.describe(f)
+		r := slog.NewRecord(x.end, level, msg, 0)
+		r.AddAttrs(slog.Attr{Value: slog.GroupValue(x.attrs...)}) // a group without a name stands for its members, uncopied
+		log.process.Handler().Handle(context.Background(), r)
 	}
-	attrs := make([]slog.Attr, 0, 18)
+}
+
+// describe lists what a record tells of x.
+func (x *exchange) describe(f *failure) {
 	add := func(name, value string) {
 		if value != "" {
-			attrs = append(attrs, slog.String(name, value[:min(len(value), 1024)])) // some are a client's choice
+			x.attrs = append(x.attrs, slog.String(name, value[:min(len(value), 1024)])) // some are a client's choice
 		}
 	}
 	add(logClient, x.c.addr.String())
 	add(logMethod, string(x.method))
 	add(logServer, string(x.dst.host))
-	if x.connect {
-		msg = "tunnel"
-	} else if len(x.dst.host) > 0 {
-		path, query, _ := strings.Cut(string(x.target), "?")
+	if path, query, _ := strings.Cut(string(x.target), "?"); !x.connect && len(x.dst.host) > 0 {
 		add(logScheme, "http")
 		add(logPath, cmp.Or(path, "/"))
 		if x.srv.cfg.LogQuery {
@@ -2826,99 +2851,78 @@ func (x *exchange) record(f *failure) {
 		}
 	}
 	if len(x.dst.host) > 0 {
-		attrs = append(attrs, slog.Int(logPort, int(x.dst.port)), slog.String(logVersion, "1."+strconv.Itoa(x.req.minor)))
+		x.attrs = append(x.attrs, slog.Int(logPort, int(x.dst.port)), slog.String(logVersion, "1."+strconv.Itoa(x.req.minor)))
 	}
-	if x.peer.IsValid() {
-		attrs = append(attrs, slog.String(logPeer, x.peer.Addr().String()), slog.Bool(logReused, x.reused))
+	if x.peer != "" {
+		x.attrs = append(x.attrs, slog.String(logPeer, x.peer), slog.Bool(logReused, x.reused))
 	}
 	if x.status != 0 {
-		attrs = append(attrs, slog.Int(logStatus, x.status))
+		x.attrs = append(x.attrs, slog.Int(logStatus, x.status))
 	}
-	attrs = append(attrs, slog.Int64(logUpSize, x.upBytes), slog.Int64(logDownSize, x.respBody.size), slog.Float64(logDuration, milliseconds(time.Since(x.start))))
+	x.attrs = append(x.attrs, slog.Int64(logUpSize, x.upBytes), slog.Int64(logDownSize, x.respBody.size),
+		slog.Float64(logDuration, milliseconds(x.end.Sub(x.start))))
 	if f != nil {
 		add(logType, f.token)
 		add(logMessage, f.text)
 		if f.cause != nil {
-			attrs[len(attrs)-1] = slog.String(logMessage, f.text+": "+f.cause.Error())
+			x.attrs[len(x.attrs)-1] = slog.String(logMessage, f.text+": "+f.cause.Error())
 		}
 	}
 	add(logClose, x.closed)
 	add(logTrace, x.trace)
-	x.srv.log.process.LogAttrs(context.Background(), level, msg, attrs...)
 }
 
 func milliseconds(d time.Duration) float64 { return math.Round(d.Seconds()*1e6) / 1e3 }
 
-// logQueue stands before a writer that may block. A goroutine writes what waits in one piece; what finds it full is dropped.
-type logQueue struct {
-	out    io.Writer
-	direct *slog.Logger // past the queue
-	room   int
-	more   chan struct{} // has an element when there is something to do
-	done   chan struct{} // closed when everything is written after close
-
-	mu      sync.Mutex // guards what follows
-	waiting []byte
-	records int // waiting or being written
-	dropped int // since it was last said
-	closed  bool
-}
-
 // Write takes one encoded record. It never blocks.
-func (q *logQueue) Write(p []byte) (int, error) {
-	q.mu.Lock()
-	if q.records >= q.room {
-		q.dropped++
-	} else {
-		q.waiting = append(q.waiting, p...)
-		q.records++
+func (l *logger) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.records < l.cfg.LogBuffer {
+		l.waiting = append(l.waiting, p...)
+		l.records++
+	} else if l.dropped++; l.dropped == 1 {
+		time.AfterFunc(time.Second, l.work.Signal)
 	}
-	q.mu.Unlock()
-	q.wake()
+	l.work.Signal()
 	return len(p), nil
 }
 
-func (q *logQueue) wake() {
-	select {
-	case q.more <- struct{}{}:
-	default:
-	}
-}
-
-// drain writes until the queue is closed and empty. Once a second at the most it says how many records were dropped.
-func (q *logQueue) drain() {
-	defer close(q.done)
-	var batch []byte
-	var said time.Time
-	for closed := false; !closed; {
-		<-q.more
-		q.mu.Lock()
-		batch, q.waiting = q.waiting, batch[:0]
-		count, dropped := q.records, 0
-		closed = q.closed
-		if closed || time.Since(said) >= time.Second {
-			dropped, q.dropped = q.dropped, 0
+// drain writes until the logger is closed and nothing waits. After a write more may come for a while: a write(2) for each record
+// would double what it costs.
+func (l *logger) drain() {
+	defer close(l.done)
+	batch, said := []byte{}, time.Time{}
+	owes := func() bool { return l.dropped > 0 && (l.closed || time.Since(said) >= time.Second) } // so it says once a second at most
+	for closed := false; !closed; time.Sleep(time.Millisecond) {
+		l.mu.Lock()
+		for len(l.waiting) == 0 && !l.closed && !owes() {
+			l.work.Wait()
 		}
-		q.mu.Unlock()
-		q.out.Write(batch) // a stdout that is gone is no reason to stop
+		batch, l.waiting, closed = l.waiting, batch[:0], l.closed
+		count, dropped := l.records, 0
+		if owes() {
+			dropped, l.dropped, said = l.dropped, 0, time.Now()
+		}
+		l.mu.Unlock()
+		l.out.Write(batch) // a stdout that is gone is no reason to stop
 		if dropped > 0 {
-			said = time.Now()
-			q.direct.Warn("log records dropped", "count", dropped)
+			l.direct.Warn("log records dropped", "count", dropped)
 		}
-		q.mu.Lock()
-		q.records -= count
-		q.mu.Unlock()
+		l.mu.Lock()
+		l.records -= count
+		l.mu.Unlock()
 	}
 }
 
 // close has drain write what is left, and waits for that while patience lasts.
-func (q *logQueue) close(patience time.Duration) {
-	q.mu.Lock()
-	q.closed = true
-	q.mu.Unlock()
-	q.wake()
+func (l *logger) close(patience time.Duration) {
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
+	l.work.Signal()
 	select {
-	case <-q.done:
+	case <-l.done:
 	case <-time.After(patience):
 	}
 }
@@ -2941,8 +2945,8 @@ func newAdmin(s *server) *http.Server {
 		ErrorLog: slog.NewLogLogger(s.log.process.Handler(), slog.LevelDebug)}
 }
 
-func (s *server) serveAdmin() {
-	if err := s.admin.Serve(s.adminOn); !errors.Is(err, http.ErrServerClosed) {
+func (s *server) serveAdmin(l net.Listener) {
+	if err := s.admin.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		s.log.process.Error("admin listener failed", logType, tokenInternal, logMessage, err.Error())
 	}
 }
@@ -2956,21 +2960,13 @@ func askHealth(environ []string) error {
 	if cfg.Admin == "off" {
 		return errors.New("SLUICE_ADMIN is off: there is nobody to ask")
 	}
-	host, port, _ := net.SplitHostPort(cfg.Admin) // checked by loadConfig
-	if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
-		host = "localhost"
-	}
 	// Not http.DefaultTransport: HTTP_PROXY may well name the proxy that is asked about.
 	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{}}
-	resp, err := client.Get("http://" + net.JoinHostPort(host, port) + "/readyz")
-	if err != nil {
-		return err
+	resp, err := client.Head("http://" + cfg.Admin + "/readyz") // no host, or an unspecified one, is this host to net.Dial
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("not ready: %s", resp.Status)
 	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("not ready: %s", resp.Status)
-	}
-	return nil
+	return err
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2985,11 +2981,18 @@ func askHealth(environ []string) error {
 //	openFiles() int              the descriptor limit in force, 0 where there is none
 //	watcher, watched             after add(&watched, raw, owner) of a client or upstream, run calls owner.hungUp when its peer has
 //	                             hung up, perhaps more than once, until remove; elsewhere never
+//	(*client).graceLocked        has a client abandoned whose sending side is closed, unless it takes what it is sent; elsewhere not
 //	isQuiet(raw) bool            whether a connection at rest has neither bytes nor an end to be read; elsewhere always true
-//	(*wire).readIdle, fillIdle   fill, but without holding a buffer while waiting; elsewhere with one
+//	wireIO                       what a wire needs for these:
+//	(*wire).fill                 reads once, into what room there is or is made; an error only when nothing was read
+//	(*wire).readWithin           sets the time for the next bytes, as readBy does, from a given one on. It may fire early
+//	(*wire).firedEarly           reports whether it did, and sets it anew
+//	(*wire).write(limit, a,b,c)  sends up to three pieces with one system call, within limit
+//	(*wire).ask(limit, p)        sends p and waits for the first bytes that come back
+//	(*client).await              waits for a request, holding no buffer, and may serve those that need nothing more from the client;
+//	                             more = there is one to be read, or left. After parkAfter it may have the watcher call serve when
+//	                             there is something to read: parked, until unpark returns true
+//	(*direction).park            has the watcher call carry then, until unpark returns true; false where that cannot be
 //	(*move).run                  moves bytes until the limit is reached (nil), src ends (io.ErrUnexpectedEOF) or a side fails, and
-//	                             returns how many; kernelMoves: in the kernel, holding nothing while it waits for src
-
-// hangupGrace is how long a client that has closed its sending side still gets for the answer it waits for. Whether it has left
-// or only half-closed (`printf … | nc -N`) cannot be told without sending.
-const hangupGrace = time.Second
+//	                             returns how many; on Linux in the kernel, holding nothing while it waits for src
+//	(*bodyWriter).splice         moves the rest of a body so, or nothing

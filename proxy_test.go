@@ -27,6 +27,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -68,7 +69,7 @@ func (l *logSink) Write(p []byte) (int, error) {
 }
 
 // records parses what was logged so far.
-func (l *logSink) records(t *testing.T) (all []map[string]any) {
+func (l *logSink) records(t testing.TB) (all []map[string]any) {
 	t.Helper()
 	l.mu.Lock()
 	text := l.text.String()
@@ -84,7 +85,7 @@ func (l *logSink) records(t *testing.T) (all []map[string]any) {
 }
 
 // await waits for the nth record (from 1) whose msg is msg.
-func (l *logSink) await(t *testing.T, msg string, nth int) map[string]any {
+func (l *logSink) await(t testing.TB, msg string, nth int) map[string]any {
 	t.Helper()
 	var found map[string]any
 	eventually(t, fmt.Sprintf("record %d with msg %q", nth, msg), func() bool {
@@ -103,7 +104,7 @@ func (l *logSink) await(t *testing.T, msg string, nth int) map[string]any {
 }
 
 // eventually polls until what holds, since what it asks about happens in other goroutines.
-func eventually(t *testing.T, what string, holds func() bool) {
+func eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); !holds(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
@@ -121,7 +122,7 @@ type testProxy struct {
 
 // startProxy runs a proxy that may reach loopback, with further variables as "NAME=value" (without SLUICE_). When the test
 // ends, it is stopped, and goroutines and descriptors must be what they were.
-func startProxy(t *testing.T, vars ...string) *testProxy {
+func startProxy(t testing.TB, vars ...string) *testProxy {
 	t.Helper()
 	goroutines, files := runtime.NumGoroutine(), countFiles()
 	environ := []string{"SLUICE_LISTEN=127.0.0.1:0", "SLUICE_ADMIN=127.0.0.1:0", "SLUICE_NAME=sluice-test", "SLUICE_LOG_LEVEL=debug",
@@ -165,7 +166,7 @@ func startProxy(t *testing.T, vars ...string) *testProxy {
 }
 
 // awaitNoLeak waits until goroutines and descriptors are down to what they were.
-func awaitNoLeak(t *testing.T, goroutines, files int) {
+func awaitNoLeak(t testing.TB, goroutines, files int) {
 	for end := time.Now().Add(patience); runtime.NumGoroutine() > goroutines || countFiles() > files; time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Errorf("leak: %d goroutines (%d before), %d descriptors (%d before)\n%s", runtime.NumGoroutine(), goroutines, countFiles(), files, stacks())
@@ -665,7 +666,8 @@ func TestTidy(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if lines := fset.Position(file.End()).Line; lines >= 3000 {
+		text, _ := os.ReadFile(name)
+		if lines := bytes.Count(text, []byte("\n")); lines >= 3000 {
 			t.Errorf("%s has %d lines", name, lines)
 		}
 		ast.Inspect(file, func(n ast.Node) bool {
@@ -1015,6 +1017,86 @@ func TestLongTimeouts(t *testing.T) {
 	}
 }
 
+// TestEmptyValueFile: a file without text leaves its variable unset, as an empty variable does.
+func TestEmptyValueFile(t *testing.T) {
+	host, _ := os.Hostname()
+	if !isToken([]byte(host)) {
+		host = "sluice"
+	}
+	for name, text := range map[string]string{"nothing": "", "an empty line": "\n", "white space": " \t\r\n"} {
+		path := filepath.Join(t.TempDir(), "value")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for variable, want := range map[string]string{"NAME": host, "DNS_STALE": "5m", "LISTEN": "127.0.0.1:3128", "MAX_HEADER": "64KiB"} {
+			t.Run(variable+", "+name, func(t *testing.T) {
+				status, stdout, stderr := sluice([]string{"env"}, "SLUICE_"+variable+"_FILE="+path)
+				if status != 0 || stderr != "" {
+					t.Errorf("status %d, stderr %q", status, stderr)
+				}
+				if row := envRow(stdout, variable); !strings.Contains(row, want) || strings.Contains(row, path) {
+					t.Errorf("row %q, want %q", row, want)
+				}
+			})
+		}
+	}
+}
+
+// TestUnknownEmptyVariables: a misspelt variable is refused whatever its value, also when that is empty.
+func TestUnknownEmptyVariables(t *testing.T) {
+	for unknown, nearest := range map[string]string{"LISTNERS": "LISTENERS", "LISTNE": "LISTEN", "DNS_STAIL_FILE": "DNS_STALE", "SERVICE": ""} {
+		status, _, stderr := sluice([]string{"env"}, "SLUICE_"+unknown+"=")
+		if status != 2 {
+			t.Errorf("%s: status %d", unknown, status)
+		}
+		wantsFault(t, stderr, unknown, "SLUICE_"+nearest)
+	}
+}
+
+// TestListsWithSpaces: every list may have spaces after its commas.
+func TestListsWithSpaces(t *testing.T) {
+	for name, value := range map[string]string{"LISTEN": "127.0.0.1:0, 127.0.0.1:0", "DNS_SERVERS": "10.0.0.2:53, [fd00::2]:53"} {
+		status, stdout, stderr := sluice([]string{"env"}, "SLUICE_"+name+"="+value)
+		if status != 0 || stderr != "" {
+			t.Errorf("%s: status %d, stderr %q", name, status, stderr)
+		}
+		if row := envRow(stdout, name); !strings.Contains(row, value) {
+			t.Errorf("row %q", row)
+		}
+	}
+	if t.Failed() {
+		return // nor does it start
+	}
+	d := startDNS(t)
+	d.set("app.test", dnsReply{addrs: "127.0.0.1"})
+	_, port, _ := net.SplitHostPort(serveAt(t, "127.0.0.1:0", nil))
+	p := startProxy(t, "LISTEN=127.0.0.1:0, 127.0.0.1:0", "DNS_SERVERS="+d.addr+", "+d.addr)
+	addresses := p.log.await(t, "listening", 1)["addresses"].([]any)
+	if len(addresses) != 2 {
+		t.Fatalf("it listens on %v", addresses)
+	}
+	for _, addr := range addresses {
+		c, err := net.Dial("tcp", addr.(string))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp, body := newPeer(t, c).ask("GET", "http://app.test:"+port+"/"); resp.StatusCode != 200 {
+			t.Errorf("%s: %s %q", addr, resp.Status, body)
+		}
+	}
+}
+
+// TestLogLevelsHaveNames: LOG_LEVEL is one of four names, not arithmetic with them.
+func TestLogLevelsHaveNames(t *testing.T) {
+	for _, value := range []string{"info+3", "debug-1", "error+4", "debug-4"} {
+		status, stdout, stderr := sluice([]string{"env"}, "SLUICE_LOG_LEVEL="+value)
+		if status != 2 || stdout != "" {
+			t.Errorf("%s: status %d, stdout %q", value, status, stdout)
+		}
+		wantsFault(t, stderr, "LOG_LEVEL", value)
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Listeners
 
@@ -1345,6 +1427,18 @@ func TestHostRules(t *testing.T) {
 	}
 }
 
+// The zone of a link-local address says which interface it is on, not what it is.
+func TestZones(t *testing.T) {
+	for text, want := range map[string]addressClass{"fe80::1%eth0": "link-local", "::1%lo": "loopback", "2600::1%eth0": classPublic} {
+		if got := classify(netip.MustParseAddr(text)); got != want {
+			t.Errorf("%s is %s, want %s", text, got, want)
+		}
+	}
+	if !blocks("fe80::/10").contains(netip.MustParseAddr("fe80::1%eth0")) {
+		t.Error("fe80::/10 does not contain an address of it that has a zone")
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Names
 
@@ -1647,6 +1741,34 @@ func TestNamesAgeing(t *testing.T) {
 	}
 }
 
+// A resolver that refuses or is silent costs time, not the answer, when the next one knows it.
+func TestResolversFail(t *testing.T) {
+	d := startDNS(t)
+	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	gone, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone.Close()
+	_, port, _ := net.SplitHostPort(serveAt(t, "127.0.0.1:0", nil))
+	for what, first := range map[string]net.Addr{"silent": silent.LocalAddr(), "gone": gone.LocalAddr()} {
+		t.Run(what, func(t *testing.T) {
+			p := startProxy(t, "DNS_SERVERS="+first.String()+","+d.addr, "DNS_TIMEOUT=1s")
+			for i := range 5 {
+				name := fmt.Sprintf("%s%d.test", what, i)
+				d.set(name, dnsReply{addrs: "127.0.0.1"})
+				if resp, body := p.dial(t).ask("GET", "http://"+name+":"+port+"/"); resp.StatusCode != 200 {
+					t.Errorf("%s: %d %q", name, resp.StatusCode, body)
+				}
+			}
+		})
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Dialling
 
@@ -1662,6 +1784,51 @@ func TestDialTimeout(t *testing.T) {
 	}
 	resp, body = p.dial(t).ask("CONNECT", addr)
 	wantsRefusal(t, resp, body, 504, "connection_timeout")
+}
+
+// TestNameOfBlackHoles: when the dial's time runs out for all addresses of a name at once, every request that waits for it is
+// answered; a client that leaves meanwhile ends its dial and is recorded.
+func TestNameOfBlackHoles(t *testing.T) {
+	_, port, _ := net.SplitHostPort(freeAddr(t))
+	blackHole(t, "127.0.0.2:"+port)
+	blackHole(t, "127.0.0.3:"+port)
+	d := startDNS(t)
+	d.set("hole.test", dnsReply{addrs: "127.0.0.2 127.0.0.3"})
+	const clients = 16
+	send := func(t *testing.T, p *testProxy) (all []*peer) {
+		for i := range clients {
+			c := p.dial(t)
+			if all = append(all, c); i%2 == 0 {
+				c.send("%s", request("GET", "http://hole.test:"+port+"/"))
+			} else {
+				c.send("%s", request("CONNECT", "hole.test:"+port))
+			}
+		}
+		return all
+	}
+	t.Run("clients that wait", func(t *testing.T) {
+		p := startProxy(t, "DNS_SERVERS="+d.addr, "DIAL_TIMEOUT=300ms")
+		for _, c := range send(t, p) {
+			c.SetReadDeadline(time.Now().Add(patience))
+			c.wantsRefusal("GET", 504, "connection_timeout", "hole.test:"+port)
+		}
+		for i := range clients {
+			wantsLogged(t, p.awaitServed(t, i), 504, "connection_timeout")
+		}
+	})
+	t.Run("clients that leave", func(t *testing.T) {
+		p := startProxy(t, "DNS_SERVERS="+d.addr, "DIAL_TIMEOUT=1m")
+		files := countFiles()
+		all := send(t, p)
+		eventually(t, "all dials to be under way", func() bool { return countFiles() >= files+4*clients }) // both ends of a client, and two dials
+		for i, c := range all {
+			c.SetLinger(i/2%2 - 1) // of both methods, some close and some reset
+			c.Close()
+		}
+		for i := range clients {
+			wantsLogged(t, p.awaitServed(t, i), 0, "client_disconnected")
+		}
+	})
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1778,6 +1945,66 @@ func TestPoolLimits(t *testing.T) {
 		}
 		exchange1(c, o, nil)
 	})
+}
+
+// TestLateBodies: an origin may send a body that must not be (to HEAD, with 204 or 304), and only when the connection is back in
+// the pool. The next request is not answered with it, however soon it comes.
+func TestLateBodies(t *testing.T) {
+	p := startProxy(t)
+	for name, e := range map[string][2]string{ // method and answer
+		"HEAD":         {"HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 44\r\n\r\n"},
+		"HEAD chunked": {"HEAD", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"},
+		"204":          {"GET", "HTTP/1.1 204 No Content\r\n\r\n"},
+		"304":          {"GET", "HTTP/1.1 304 Not Modified\r\nContent-Length: 44\r\n\r\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o, n := startOrigin(t), len(p.served())
+			c, other := p.dial(t), p.dial(t)
+			c.send("%s", request(e[0], "http://"+o.addr+"/"))
+			up := o.accept()
+			up.head()
+			up.send("%s", e[1])
+			c.response(e[0])
+			p.awaitServed(t, n) // it is in the pool
+			time.Sleep(20 * time.Millisecond)
+			up.send("HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison")
+			time.Sleep(30 * time.Millisecond)
+			other.send("%s", o.fill(plainRequest))
+			other.SetReadDeadline(time.Now().Add(patience))
+			answered := make(chan struct{})
+			go func() { // the origin, as far as it is dialled
+				defer close(answered)
+				if conn, err := o.Accept(); err == nil {
+					again := newPeer(t, conn)
+					again.br.ReadString('\n')
+					again.Write([]byte(plainAnswer))
+				}
+			}()
+			if resp, body := other.response("GET"); resp.StatusCode != 200 || body != "hi" {
+				t.Errorf("got %s %q", resp.Status, body)
+			}
+			o.Close()
+			<-answered
+		})
+	}
+}
+
+// The kernel moves a large body up to its last byte; what an origin sends behind it is not the answer to a next request.
+func TestSurplusBehindALargeBody(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	c := p.dial(t)
+	c.send("%s", request("GET", "http://"+o.addr+"/"))
+	up := o.accept()
+	up.head()
+	body := strings.Repeat("x", 200_000)
+	sent := make(chan error, 1)
+	go func() {
+		_, err := io.WriteString(up.TCPConn, "HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n"+body+"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison")
+		sent <- err
+	}()
+	c.response("GET")
+	<-sent
+	exchange1(p.dial(t), o, nil)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1991,6 +2218,112 @@ func stuck(to *peer) {
 			return
 		}
 	}
+}
+
+// TestHalfClosedClients: a client that has closed its sending side gets the whole of its answer, however long that takes, as long
+// as something comes for it to take. When nothing does, it is taken for gone.
+func TestHalfClosedClients(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("elsewhere the end of a client's sending side is not looked for while its answer is under way")
+	}
+	p := startProxy(t)
+	const pieces, pause = 12, 150 * time.Millisecond
+	block := strings.Repeat("b", 8<<10)
+	type pending struct {
+		name, fields     string
+		piece, last      string // of the body, from the origin
+		gets, end        string // the same at the client
+		before           int    // requests pipelined before it
+		o                *testOrigin
+		c, up            *peer
+		received, wanted string
+	}
+	all := []*pending{{name: "nothing comes"}, {name: "nothing comes after a head", fields: "Content-Length: 12\r\n"}}
+	for _, e := range []pending{
+		{name: "length", fields: "Content-Length: 12\r\n", piece: "b", gets: "b"},
+		{name: "spliced", fields: "Content-Length: 98304\r\n", piece: block, gets: block},
+		{name: "chunked", fields: "Transfer-Encoding: chunked\r\n", piece: "1\r\nb\r\n", last: "0\r\n\r\n", gets: "1\r\nb\r\n", end: "0\r\n\r\n"},
+		{name: "close-delimited", fields: "Server: a\r\n", piece: "b", gets: "1\r\nb\r\n", end: "0\r\n\r\n"},
+	} {
+		second := e
+		second.name, second.before = e.name+", pipelined", 1
+		all = append(all, &e, &second)
+	}
+	for _, e := range all {
+		e.o, e.c = startOrigin(t), p.dial(t)
+		e.c.send("%s", e.o.fill(strings.Repeat(plainRequest, e.before+1)))
+		e.c.CloseWrite()
+		e.up = e.o.accept()
+		e.up.head()
+	}
+	time.Sleep(30 * time.Millisecond)
+	for _, e := range all {
+		if e.before > 0 {
+			e.up.send(plainAnswer)
+			e.c.wants(plainGets)
+			e.up.head()
+		}
+		if e.fields != "" {
+			e.up.send("HTTP/1.1 200 OK\r\n%s\r\n", e.fields)
+			e.c.head()
+		}
+	}
+	begun := time.Now()
+	for range pieces {
+		time.Sleep(pause)
+		for _, e := range all {
+			e.up.Write([]byte(e.piece)) // fails when the client was given up
+			got := make([]byte, len(e.gets))
+			n, _ := io.ReadFull(e.c.br, got)
+			e.received += string(got[:n])
+			e.wanted += e.gets
+		}
+	}
+	for _, e := range all {
+		t.Run(e.name, func(t *testing.T) {
+			if e.piece == "" {
+				e.up.SetReadDeadline(begun.Add(2500 * time.Millisecond))
+				if b, err := e.up.br.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("the upstream connection is still open (%q, %v)", b, err)
+				}
+				wantsLogged(t, p.recordFor(t, "request", e.o.addr), 0, "client_disconnected")
+				return
+			}
+			e.up.Write([]byte(e.last))
+			e.up.CloseWrite()
+			rest, err := io.ReadAll(e.c.br)
+			if sameBytes(t, "body", []byte(e.received+string(rest)), []byte(e.wanted+e.end)); t.Failed() || err != nil {
+				t.Fatalf("the client's end: %v", err)
+			}
+			eventually(t, "the records of all without a failure", func() bool {
+				n := 0
+				for _, r := range p.log.records(t) {
+					if r["server.port"] == portOf(e.o.addr) && r["error.type"] == nil {
+						n++
+					}
+				}
+				return n == e.before+1
+			})
+		})
+	}
+}
+
+// An empty line behind a request's body (old clients send one) is no request that has begun.
+func TestStrayEmptyLine(t *testing.T) {
+	p, o := startProxy(t, "HEADER_TIMEOUT=200ms"), startOrigin(t)
+	c := p.dial(t)
+	c.send("POST http://%s/ HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi\r\n", o.addr)
+	up := o.accept()
+	up.head()
+	up.wants("hi")
+	up.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+	c.response("POST")
+	c.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+	if b, err := c.br.ReadByte(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("got %q, %v", b, err)
+	}
+	c.SetReadDeadline(time.Now().Add(patience))
+	exchange1(c, o, up)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2210,6 +2543,75 @@ func TestWebSocket(t *testing.T) {
 	up.CloseWrite()
 	c.wants("last")
 	c.wantsEnd()
+}
+
+// TestHeadsDoNotWait: a head is passed on at once, also when the beginning of a body has come with it that is of no use yet.
+func TestHeadsDoNotWait(t *testing.T) {
+	p := startProxy(t)
+	const fields = "Transfer-Encoding: chunked\r\n\r\n"
+	for name, cut := range map[string]int{"nothing of a chunk": 0, "half a size": 1, "half a line": 8, "a line": 9} {
+		const body = "0005;a=b\r\nhello\r\n0\r\n\r\n"
+		t.Run("response with "+name, func(t *testing.T) {
+			o, c := startOrigin(t), p.dial(t)
+			c.send("%s", o.fill(plainRequest))
+			up := o.accept()
+			up.head()
+			up.send("HTTP/1.1 200 OK\r\n" + date + fields + body[:cut])
+			c.SetReadDeadline(time.Now().Add(patience / 2))
+			c.wants("HTTP/1.1 200 OK\r\n" + date + viaOne + fields)
+			up.send(body[cut:])
+			c.wants("5\r\nhello\r\n0\r\n\r\n")
+			c.wantsInSync()
+		})
+		t.Run("request with "+name, func(t *testing.T) {
+			o, c := startOrigin(t), p.dial(t)
+			c.send("%s", o.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\n"+fields+body[:cut]))
+			up := o.accept()
+			up.SetReadDeadline(time.Now().Add(patience / 2))
+			up.wants(o.fill("POST / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + fields))
+			c.send(body[cut:])
+			up.wants("5\r\nhello\r\n0\r\n\r\n")
+			up.send(plainAnswer)
+			c.wants(plainGets)
+			c.wantsInSync()
+		})
+	}
+}
+
+// TestFoldedTrailers: a field of a response that goes on in the next line becomes one line, in trailers as in the head.
+func TestFoldedTrailers(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	c := p.dial(t)
+	c.send("%s", o.fill(plainRequest))
+	up := o.accept()
+	up.head()
+	up.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nA: b\r\n c\r\n\t\r\n  d\r\nE: f\r\n\r\n")
+	if head := c.head(); !strings.HasPrefix(head, "HTTP/1.1 200 OK\r\n") {
+		t.Fatalf("head %q", head)
+	}
+	c.wants("5\r\nhello\r\n0\r\n")
+	trailers := strings.Split(c.head(), "\r\n")
+	if len(trailers) != 4 || !strings.HasPrefix(trailers[0], "A:") || strings.Join(strings.Fields(trailers[0][2:]), " ") != "b c d" || trailers[1] != "E: f" {
+		t.Errorf("trailers %q", trailers)
+	}
+	c.wantsInSync()
+}
+
+// TestTrailersThatConnectionNames: what Connection names is for this hop alone, also when it comes as a trailer.
+func TestTrailersThatConnectionNames(t *testing.T) {
+	p := startProxy(t)
+	const fields, chunks = "Transfer-Encoding: chunked\r\n\r\n", "5\r\nhello\r\n0\r\n"
+	const ok, got = "HTTP/1.1 200 OK\r\n" + date, "HTTP/1.1 200 OK\r\n" + date + viaOne
+	const post, wants = "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\n", "POST / HTTP/1.1\r\nHost: {o}\r\n" + viaOne
+	const named, trailers = "Connection: X-Hop\r\n", "X-Hop: 1\r\nX-Kept: 2\r\nx-hop: 3\r\n\r\n"
+	for _, e := range []exchangeCase{
+		{name: "response", answer: ok + named + fields + chunks + trailers, gets: got + fields + chunks + "X-Kept: 2\r\n\r\n"},
+		{name: "request", request: post + named + fields + chunks + trailers, wants: wants + fields + chunks + "X-Kept: 2\r\n\r\n"},
+		{name: "response, not named", answer: ok + fields + chunks + trailers, gets: got + fields + chunks + trailers},
+		{name: "request, not named", request: post + fields + chunks + trailers, wants: wants + fields + chunks + trailers},
+	} {
+		t.Run(e.name, e.in(p))
+	}
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2622,6 +3024,140 @@ func TestManyClients(t *testing.T) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Fast paths
+
+// A question that the socket takes in part goes out whole, also while the answer to its beginning is there already.
+func TestAskInParts(t *testing.T) {
+	s := testServer(t)
+	question := noise(1<<20, 5)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	asked := make(chan []byte, 1)
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		io.WriteString(c, "early")
+		got := make([]byte, len(question))
+		io.ReadFull(c, got)
+		asked <- got
+	}()
+	var w wire
+	conn := dialTCP(t, l.Addr().String())
+	conn.SetWriteBuffer(4096)
+	w.attach(s, conn)
+	if err := w.ask(patience, question); err != nil || string(w.unused()) != "early" {
+		t.Errorf("%v, read %q", err, w.unused())
+	}
+	sameBytes(t, "question", <-asked, question)
+	if err := w.fill(); err != io.EOF {
+		t.Errorf("the end: %v", err)
+	}
+}
+
+// chanceOrigin answers requests for /N with a body of N bytes, in pieces as chance will have it, and closes connections after an
+// answer as chance will have it, too.
+func chanceOrigin(t *testing.T, seed uint64) (addr string) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for n := seed; ; n++ {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go answerByChance(c, rand.New(rand.NewPCG(seed, n)))
+		}
+	}()
+	return l.Addr().String()
+}
+
+func answerByChance(c net.Conn, dice *rand.Rand) {
+	defer c.Close()
+	br := bufio.NewReader(c)
+	for {
+		r, err := http.ReadRequest(br)
+		if err != nil {
+			return
+		}
+		size, _ := strconv.Atoi(r.URL.Path[1:])
+		head := fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", size)
+		if dice.IntN(2) == 0 {
+			head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+		}
+		answer := []byte(head)
+		if body := noise(size, byte(size)); strings.Contains(head, "chunked") {
+			answer = fmt.Appendf(answer, "%x\r\n%s\r\n0\r\n\r\n", size, body)
+			if size == 0 {
+				answer = []byte(head + "0\r\n\r\n")
+			}
+		} else {
+			answer = append(answer, body...)
+		}
+		writeByChance(c, answer, dice)
+		if dice.IntN(20) == 0 {
+			return
+		}
+	}
+}
+
+// writeByChance writes in one to four pieces.
+func writeByChance(c net.Conn, p []byte, dice *rand.Rand) {
+	for i := dice.IntN(4); i > 0 && len(p) > 1; i-- {
+		n := 1 + dice.IntN(len(p)-1)
+		c.Write(p[:n])
+		p = p[n:]
+		runtime.Gosched()
+	}
+	c.Write(p)
+}
+
+// Requests in fragments and trains of any cut, over upstream connections that close at any moment, are all answered, each with
+// its own answer.
+func TestRequestsByChance(t *testing.T) {
+	const clients, rounds = 8, 60
+	p, origin := startProxy(t, "LOG_SAMPLE=debug=0,info=0"), chanceOrigin(t, 11)
+	var all sync.WaitGroup
+	for i := range clients {
+		all.Go(func() {
+			dice := rand.New(rand.NewPCG(7, uint64(i)))
+			c := p.dial(t)
+			c.SetDeadline(time.Now().Add(4 * patience))
+			for range rounds {
+				var train []byte
+				sizes := make([]int, 1+dice.IntN(8))
+				for k := range sizes {
+					sizes[k] = dice.IntN(3) * dice.IntN(40_000)
+					train = fmt.Appendf(train, "GET http://%s/%d HTTP/1.1\r\nHost: %s\r\n\r\n", origin, sizes[k], origin)
+				}
+				go writeByChance(c.TCPConn, train, rand.New(rand.NewPCG(dice.Uint64(), 1)))
+				for _, size := range sizes {
+					resp, err := http.ReadResponse(c.br, nil)
+					if err != nil {
+						t.Errorf("client %d: %v", i, err)
+						return
+					}
+					body, err := io.ReadAll(resp.Body)
+					if resp.StatusCode != 200 || err != nil || !bytes.Equal(body, noise(size, byte(size))) {
+						t.Errorf("client %d: %d, %d bytes of %d, %v", i, resp.StatusCode, len(body), size, err)
+						return
+					}
+				}
+			}
+		})
+	}
+	all.Wait()
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Responses that are refused
 
 func TestMalformedResponses(t *testing.T) {
@@ -2800,6 +3336,27 @@ func TestPoisonedConnection(t *testing.T) {
 			up.send(plainAnswer)
 			if _, body := c.response("GET"); body != "hi" {
 				t.Errorf("got %q", body)
+			}
+		})
+	}
+}
+
+// An HTTP/1.0 client is told of a response's end by that of the connection: a response cut short ends in a reset, also when the
+// connection is closed with care because the client's body has not been read.
+func TestTruncationShows(t *testing.T) {
+	for name, req := range map[string]string{"request read": "GET http://{o}/ HTTP/1.0\r\n\r\n", "request unread": "POST http://{o}/ HTTP/1.0\r\nContent-Length: 100\r\n\r\n0123456789"} {
+		t.Run(name, func(t *testing.T) {
+			p, o := startProxy(t), startOrigin(t)
+			c := p.dial(t)
+			c.send("%s", o.fill(req))
+			up := o.accept()
+			up.head()
+			up.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+			c.head()
+			c.wants("hello")
+			up.Close()
+			if b, err := io.ReadAll(c.br); err == nil {
+				t.Errorf("a clean end after %q", b)
 			}
 		})
 	}
@@ -3183,6 +3740,103 @@ func TestIdleTunnelsHoldTwoDescriptors(t *testing.T) {
 	}
 }
 
+// A tunnel outlives the limits of the messages that opened it, also over a connection that was used before.
+func TestTunnelsOutliveOtherLimits(t *testing.T) {
+	p, o := startProxy(t, "BODY_TIMEOUT=200ms", "RESPONSE_TIMEOUT=200ms", "IDLE_TIMEOUT=200ms", "HEADER_TIMEOUT=200ms"), startOrigin(t)
+	ws := p.dial(t)
+	up := exchange1(ws, o, nil)
+	ws.send("GET http://%s/ HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", o.addr)
+	up.head()
+	up.send("HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n")
+	ws.head()
+	c, end := p.openTunnel(t, o)
+	for range 3 {
+		time.Sleep(300 * time.Millisecond)
+		for _, pair := range [][2]*peer{{c, end}, {end, c}, {ws, up}, {up, ws}} {
+			pair[0].send("late")
+			pair[1].wants("late")
+		}
+	}
+}
+
+// A half-close begins a wait of its own, however long the tunnel was quiet before.
+func TestHalfCloseAfterQuiet(t *testing.T) {
+	p := startProxy(t, "TUNNEL_HALF_CLOSE_TIMEOUT=400ms")
+	c, up := p.openTunnel(t, startOrigin(t))
+	time.Sleep(600 * time.Millisecond) // longer than that wait
+	c.CloseWrite()
+	up.wantsEnd()
+	up.send("answer")
+	up.Close()
+	if got, err := io.ReadAll(c.br); string(got) != "answer" {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+// Nothing waits in a goroutine of its own for a client or a tunnel that is idle, and both go on when bytes come.
+func TestIdleConnectionsAreParked(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("without epoll they are not")
+	}
+	const count = 20
+	p, o := startProxy(t, "DRAIN_TIMEOUT=5s"), startOrigin(t)
+	before := runtime.NumGoroutine()
+	var clients, tunnels, ends, upstreams []*peer
+	for range count {
+		c, end := p.openTunnel(t, o)
+		tunnels, ends = append(tunnels, c), append(ends, end)
+	}
+	for range count {
+		c := p.dial(t)
+		c.send("%s", request("GET", "http://"+o.addr+"/"))
+		upstreams = append(upstreams, o.accept())
+		clients = append(clients, c)
+	}
+	for i, up := range upstreams {
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		clients[i].response("GET")
+	}
+	eventually(t, "goroutines to be given up", func() bool { return runtime.NumGoroutine() <= before })
+	for i, c := range tunnels {
+		c.send("up %d", i)
+		ends[i].wants(fmt.Sprintf("up %d", i))
+		ends[i].send("down %d", i)
+		c.wants(fmt.Sprintf("down %d", i))
+	}
+	for _, c := range clients {
+		c.send("%s", "OPTIONS http://any.test HTTP/1.1\r\nHost: any.test\r\nMax-Forwards: 0\r\n\r\n")
+		c.response("OPTIONS")
+	}
+	eventually(t, "goroutines to be given up again", func() bool { return runtime.NumGoroutine() <= before })
+	clients[0].Close() // is noticed
+	ends[0].Close()
+	tunnels[0].wantsEnd()
+	tunnels[0].Close()
+	for i := 1; i < count; i++ {
+		tunnels[i].Close()
+		ends[i].wantsEnd()
+		ends[i].Close()
+	}
+	begun := time.Now()
+	p.stop() // must find parked clients, too
+	if took := time.Since(begun); took > 2*time.Second {
+		t.Errorf("the drain of an idle proxy took %v", took)
+	}
+	clients[1].wantsEnd()
+}
+
+// A parked client is let go when its time is over, counted from its last request.
+func TestParkedClientsEnd(t *testing.T) {
+	p := startProxy(t, "IDLE_TIMEOUT=1500ms")
+	c := p.dial(t)
+	begun := time.Now()
+	c.wantsEnd()
+	if took := time.Since(begun); took < 1400*time.Millisecond || took > 3*time.Second {
+		t.Errorf("closed after %v", took)
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Answers that Sluice makes itself
 
@@ -3203,8 +3857,9 @@ func (e refusalCase) run(t *testing.T, p *testProxy) {
 	c.wantsRefusal(method, e.status, e.token, e.words...)
 	r := p.awaitServed(t, n)
 	wantsLogged(t, r, e.status, e.token)
-	if !e.dials && r["network.peer.address"] != nil {
-		t.Errorf("dialled %v", r["network.peer.address"])
+	failed := e.token == "connection_refused" || e.token == "destination_ip_unroutable"
+	if dialled := r["network.peer.address"] != nil; !e.dials && dialled != failed {
+		t.Errorf("network.peer.address is %v", r["network.peer.address"])
 	}
 	if method == "CONNECT" {
 		c.wantsEnd()
@@ -3567,6 +4222,68 @@ func TestDraining(t *testing.T) {
 	served.wantsEnd()
 	c.Close()
 	<-begun
+}
+
+// TestManyFieldsAreNotALimitOfBytes: the answer to a head of too many fields does not advise to raise a limit that has not been met.
+func TestManyFieldsAreNotALimitOfBytes(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	c := p.dial(t)
+	c.send("%s", o.fill(get(strings.Repeat("A: b\r\n", 300))))
+	resp, body := c.response("GET")
+	wantsRefusal(t, resp, body, 431, "http_request_error")
+	if all := body + resp.Header.Get("Proxy-Status"); strings.Contains(all, "MAX_HEADER") || !strings.Contains(body, "256") {
+		t.Errorf("it says %q", all)
+	}
+	o.wantsNone()
+}
+
+// TestNoHeaderTimeout: with HEADER_TIMEOUT=0 a head that has begun may take any time; IDLE_TIMEOUT is for when none has.
+func TestNoHeaderTimeout(t *testing.T) {
+	p := startProxy(t, "HEADER_TIMEOUT=0", "IDLE_TIMEOUT=300ms")
+	cuts := []int{1, 9, len("GET http://127.0.0.1:12345/ HTTP/1.1\r\n")} // after a byte, half a line, half a head
+	origins, clients, ups := make([]*testOrigin, len(cuts)), make([]*peer, len(cuts)), make([]*peer, len(cuts))
+	for i := range cuts {
+		origins[i], clients[i] = startOrigin(t), p.dial(t)
+	}
+	for range 2 { // also on a connection that has been idle
+		for i, cut := range cuts {
+			clients[i].send("%s", origins[i].fill(plainRequest)[:cut])
+		}
+		time.Sleep(600 * time.Millisecond)
+		for i, cut := range cuts {
+			clients[i].send("%s", origins[i].fill(plainRequest)[cut:])
+			if ups[i] == nil {
+				ups[i] = origins[i].accept()
+			}
+			ups[i].wants(origins[i].fill(plainWants))
+			ups[i].send(plainAnswer)
+			clients[i].wants(plainGets)
+		}
+	}
+	begun := time.Now()
+	for _, c := range clients {
+		c.wantsEnd()
+	}
+	if took := time.Since(begun); took < 200*time.Millisecond || took > 2*time.Second {
+		t.Errorf("idle for %v", took)
+	}
+}
+
+// TestProxyStatusIsASCII: Proxy-Status is a structured field, whose strings are ASCII (RFC 8941, 3.3.3), whatever unit a limit is in.
+func TestProxyStatusIsASCII(t *testing.T) {
+	p, o := startProxy(t, "RESPONSE_TIMEOUT=500us"), startOrigin(t)
+	c := p.dial(t)
+	c.send("%s", o.fill(plainRequest))
+	o.accept()
+	status := c.wantsRefusal("GET", 504, "http_response_timeout", "SLUICE_RESPONSE_TIMEOUT").Header.Get("Proxy-Status")
+	for _, b := range []byte(status) {
+		if b < ' ' || b > '~' {
+			t.Fatalf("Proxy-Status: %q", status)
+		}
+	}
+	if !strings.Contains(status, "500us") {
+		t.Errorf("Proxy-Status: %q does not say how long", status)
+	}
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3973,6 +4690,42 @@ func TestDrainOfAnIdleProxy(t *testing.T) {
 	}
 }
 
+// TestDrainWithoutLimit: with DRAIN_TIMEOUT=0 the drain ends with the last request and tunnel, and cuts nothing.
+func TestDrainWithoutLimit(t *testing.T) {
+	p := startProxy(t, "DRAIN_TIMEOUT=0")
+	o, far := startOrigin(t), startOrigin(t)
+	c := p.dial(t)
+	c.send("%s", o.fill(plainRequest))
+	up := o.accept()
+	up.head()
+	in, out := p.openTunnel(t, far)
+	const pause = 300 * time.Millisecond
+	took := p.draining(t)
+	time.Sleep(pause)
+	up.send(plainAnswer)
+	c.wants(strings.Replace(plainGets, "\r\n\r\n", "\r\nConnection: close\r\n\r\n", 1))
+	c.wantsEnd()
+	in.send("ping")
+	out.wants("ping")
+	time.Sleep(pause)
+	select {
+	case took := <-took:
+		t.Fatalf("the drain took %v, though a tunnel is open", took)
+	default:
+	}
+	out.send("pong")
+	in.wants("pong")
+	in.Close()
+	out.wantsEnd()
+	out.Close()
+	if took := <-took; took < 2*pause || took > patience {
+		t.Errorf("the drain took %v", took)
+	}
+	if r := p.recordFor(t, "request", o.addr); r["error.type"] != nil {
+		t.Errorf("record: %v", r)
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The program as it is shipped
 
@@ -4095,6 +4848,36 @@ func TestProgram(t *testing.T) {
 	})
 }
 
+// With no descriptor left for a pipe, bytes go through a buffer: what is established goes on.
+func TestNoDescriptorForPipes(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("splice(2) is Linux's")
+	}
+	binary := filepath.Join(t.TempDir(), "sluice")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	p := &testProxy{addr: startProcess(t, binary, "NOFILE=40", "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*").addr}
+	o := startOrigin(t)
+	c, end := p.openTunnel(t, o)
+	for range 40 {
+		other := p.dial(t)
+		other.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+		other.send("CONNECT %s HTTP/1.1\r\nHost: a\r\n\r\n", o.addr)
+		if line, _ := other.br.ReadString('\n'); !strings.Contains(line, " 200 ") {
+			break // refused, or not accepted
+		}
+	}
+	big := noise(1<<20, 3)
+	sent := end.sending(big, true)
+	got, err := io.ReadAll(c.br)
+	if err != nil {
+		t.Error(err)
+	}
+	sameBytes(t, "down", got, big)
+	<-sent
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory
 
@@ -4179,8 +4962,8 @@ func memoryWire(s *server, data []byte) wire {
 	return wire{srv: s, tcp: &net.TCPConn{}, buf: append([]byte{}, data...), w: len(data)}
 }
 
-// sendTo runs f with a wire and returns what it sent there.
-func sendTo(t *testing.T, s *server, f func(dst *wire)) []byte {
+// sendTo connects dst, runs f and returns what that sent to dst.
+func sendTo(t *testing.T, s *server, dst *wire, f func()) []byte {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -4200,9 +4983,8 @@ func sendTo(t *testing.T, s *server, f func(dst *wire)) []byte {
 		b, _ := io.ReadAll(far)
 		sent <- b
 	}()
-	var w wire
-	w.attach(s, conn.(*net.TCPConn))
-	f(&w)
+	dst.attach(s, conn.(*net.TCPConn))
+	f()
 	conn.Close()
 	return <-sent
 }
@@ -4254,8 +5036,9 @@ func FuzzRequest(f *testing.F) {
 		}
 		x.out = x.appendRequest(nil)
 		var readErr, writeErr error
-		sent := sendTo(t, s, func(dst *wire) {
-			out := bodyWriter{dst: dst, limit: patience, head: x.out, chunked: x.reqBody.framing == bodyChunked, started: new(bool)}
+		var dst wire
+		sent := sendTo(t, s, &dst, func() {
+			out := bodyWriter{dst: &dst, limit: patience, head: x.out, chunked: x.reqBody.framing == bodyChunked, started: new(bool)}
 			readErr, writeErr = out.copy(&x.reqBody, func() {})
 		})
 		if readErr != nil || writeErr != nil {
@@ -4304,7 +5087,7 @@ func FuzzResponse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		up := &upstream{wire: memoryWire(s, data)}
 		up.w = len(data)
-		raw, err := up.readHead(64<<10, time.Time{})
+		raw, err := up.readHead(64<<10, 0)
 		if err != nil {
 			return
 		}
@@ -4317,10 +5100,8 @@ func FuzzResponse(f *testing.F) {
 			return
 		}
 		var fail *failure
-		sent := sendTo(t, s, func(dst *wire) {
-			x.c = &client{wire: *dst}
-			fail = x.respond(up)
-		})
+		x.c = &client{}
+		sent := sendTo(t, s, &x.c.wire, func() { fail = x.respond(up) })
 		untilClose := !x.resp.chunked && x.resp.length < 0 // the wire's end is an error here
 		if fail != nil && !untilClose {
 			return
@@ -4389,4 +5170,197 @@ func FuzzChunks(f *testing.F) {
 			t.Fatalf("net/http: %q, %v; here %q", theirs, err, whole)
 		}
 	})
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Costs: allocations are gated, times are for benchstat
+
+// quietProxy is a running proxy whose records are sampled out, and a connection to it.
+func quietProxy(t testing.TB, vars ...string) (*testProxy, *net.TCPConn) {
+	p := startProxy(t, append([]string{"LOG_LEVEL=info", "LOG_SAMPLE=info=0"}, vars...)...)
+	return p, dialTCP(t, p.addr)
+}
+
+func dialTCP(t testing.TB, addr string) *net.TCPConn {
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c.(*net.TCPConn)
+}
+
+const cannedResponse = "HTTP/1.1 200 OK\r\nServer: x\r\nDate: Tue, 24 Nov 2026 18:00:00 GMT\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello"
+
+// cannedOrigin answers whenever what it has read ends with last, and allocates nothing for it. It ends when its clients have: make it
+// before the proxy.
+func cannedOrigin(t testing.TB, last byte) (addr string) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var serving sync.WaitGroup
+	t.Cleanup(func() { l.Close(); serving.Wait() })
+	serving.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			serving.Go(func() { answerCanned(c, last) })
+		}
+	})
+	return l.Addr().String()
+}
+
+func answerCanned(c net.Conn, last byte) {
+	defer c.Close()
+	in, out := make([]byte, 64<<10), []byte(cannedResponse)
+	for {
+		n, err := c.Read(in)
+		if err != nil {
+			return
+		}
+		if in[n-1] == last {
+			c.Write(out)
+		}
+	}
+}
+
+func cannedRequest(method, origin, rest string) []byte {
+	return []byte(method + " http://" + origin + "/some/path?q=1 HTTP/1.1\r\nHost: " + origin + "\r\nUser-Agent: bench/1.0\r\nAccept: */*\r\n" + rest)
+}
+
+func TestForwardingAllocatesNothing(t *testing.T) {
+	if info, _ := debug.ReadBuildInfo(); slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		t.Skip("with -race a sync.Pool forgets on purpose")
+	}
+	req, in := cannedRequest("GET", cannedOrigin(t, '\n'), "\r\n"), make([]byte, 64<<10)
+	_, c := quietProxy(t)
+	allocs := testing.AllocsPerRun(2000, func() {
+		c.Write(req)
+		if n, _ := c.Read(in); !bytes.HasPrefix(in[:n], []byte("HTTP/1.1 200 ")) {
+			t.Fatalf("%q", in[:n])
+		}
+	})
+	if allocs > 0 {
+		t.Errorf("%v allocations per request", allocs)
+	}
+}
+
+// testServer is a server that does not listen.
+func testServer(t testing.TB, vars ...string) *server {
+	cfg, _, err := loadConfig(prefixed(vars...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := newLogger(cfg, io.Discard)
+	s, err := newServer(cfg, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.close(); log.close(time.Second) })
+	return s
+}
+
+func BenchmarkHead(b *testing.B) {
+	s := testServer(b)
+	data := cannedRequest("GET", "origin.test:8080", "Accept-Language: en\r\nCookie: a=0123456789; b=0123456789\r\n\r\n")
+	c := &client{wire: memoryWire(s, data)}
+	x := s.exchanges.Get().(*exchange)
+	b.SetBytes(int64(len(data)))
+	for b.Loop() {
+		c.r = 0
+		x.begin(c)
+		if f := x.readRequest(); f != nil {
+			b.Fatal(f.text)
+		}
+		x.out = x.appendRequest(x.out)
+	}
+}
+
+func benchmarkRequests(b *testing.B, req []byte) {
+	_, c := quietProxy(b)
+	in := make([]byte, 64<<10)
+	b.ReportAllocs()
+	for b.Loop() {
+		c.Write(req)
+		if _, err := c.Read(in); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkGet(b *testing.B) {
+	benchmarkRequests(b, cannedRequest("GET", cannedOrigin(b, '\n'), "\r\n"))
+}
+
+func BenchmarkPost64K(b *testing.B) {
+	body := append(make([]byte, 64<<10-1), '!')
+	b.SetBytes(int64(len(body)))
+	benchmarkRequests(b, append(cannedRequest("POST", cannedOrigin(b, '!'), "Content-Length: 65536\r\n\r\n"), body...))
+}
+
+func openRawTunnel(b *testing.B, c net.Conn, origin string) {
+	in := make([]byte, 256)
+	io.WriteString(c, "CONNECT "+origin+" HTTP/1.1\r\nHost: "+origin+"\r\n\r\n")
+	if n, _ := c.Read(in); !bytes.HasPrefix(in[:n], []byte("HTTP/1.1 200 ")) {
+		b.Fatalf("%q", in[:n])
+	}
+}
+
+func BenchmarkTunnelSetUp(b *testing.B) {
+	origin, in := cannedOrigin(b, '\n'), make([]byte, 1024)
+	p, _ := quietProxy(b)
+	for b.Loop() {
+		c := dialTCP(b, p.addr)
+		openRawTunnel(b, c, origin)
+		io.WriteString(c, "GET / HTTP/1.1\r\n\r\n")
+		c.Read(in)
+		c.Close()
+	}
+}
+
+func BenchmarkTunnelBytes(b *testing.B) {
+	origin := cannedOrigin(b, '!')
+	_, c := quietProxy(b)
+	openRawTunnel(b, c, origin)
+	out, in := append(make([]byte, 1<<20-1), '!'), make([]byte, 1024)
+	b.SetBytes(int64(len(out)))
+	for b.Loop() {
+		c.Write(out)
+		c.Read(in)
+	}
+}
+
+func BenchmarkPolicy(b *testing.B) {
+	s := testServer(b)
+	d := &destination{}
+	if err := d.parse([]byte("api.example.com:443"), 0); err != nil {
+		b.Fatal(err)
+	}
+	addrs := []netip.Addr{netip.MustParseAddr("93.184.215.14"), netip.MustParseAddr("2606:2800:21f:cb07:6820:80da:af6b:8b2c")}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, f := s.judge(d, addrs); f != nil {
+			b.Fatal(f.text)
+		}
+	}
+}
+
+func BenchmarkRecord(b *testing.B) {
+	for name, share := range map[string]string{"kept": "info=1", "sampled out": "info=0"} {
+		b.Run(name, func(b *testing.B) {
+			s := testServer(b, "LOG_SAMPLE="+share)
+			c := &client{wire: memoryWire(s, cannedRequest("GET", "origin.test", "\r\n"))}
+			x := s.exchanges.Get().(*exchange)
+			x.begin(c)
+			x.readRequest()
+			x.end, x.status, x.peer = time.Now(), 200, "192.0.2.1"
+			b.ReportAllocs()
+			for b.Loop() {
+				x.record(nil)
+			}
+		})
+	}
 }

@@ -8,12 +8,17 @@ import (
 	"io"
 	"log/slog"
 	"math"
+	"net"
 	"os"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -70,45 +75,310 @@ func isQuiet(raw syscall.RawConn) bool {
 	}) == unix.EAGAIN
 }
 
-// fillIdle is fill for a wire that may wait long: the buffer is taken when there is something to read.
-func (w *wire) fillIdle() error {
-	if err := w.raw.Read(w.idleRead); err != nil {
+// bytesAcked is how many bytes the peer has acknowledged. A peer that has closed its socket acknowledges nothing, but resets.
+func bytesAcked(raw syscall.RawConn) (n uint64) {
+	control(raw, func(fd int) error {
+		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+		if err == nil {
+			n = info.Bytes_acked
+		}
 		return err
-	}
-	return w.idleErr
+	})
+	return n
 }
 
-// readIdle tries to read; false asks to be called again when the socket is readable.
-func (w *wire) readIdle(fd uintptr) bool {
-	w.makeRoom()
-	var n int
-	var err error
+// ---------------------------------------------------------------------------------------------------------------------
+// Wires
+//
+// What a request costs here is mostly system calls, so there are as few as can be: a wait for an answer begins with the question,
+// not with a read that finds nothing (ask); requests are served inside the wait for the next (await), which therefore begins
+// without such a read too. Both stand on RawConn.Read, which calls a function, waits for readability when that returns false,
+// and calls it again. It forgets readiness that came before it began, so that only what a first read would not find may come then.
+// Timers are moved only when they would fire too late; when they fire early, the wait goes on.
+
+// wireIO is owned by whoever reads the wire, but for the timer.
+type wireIO struct {
+	fd               int       // while its use is safe without a lock: within answered and served; else 0
+	vec              [3][]byte // used by write
+	vecs             net.Buffers
+	asking           []byte             // what ask has not sent yet
+	err              error              // of the last call of answered or served
+	alarm            *time.Timer        // ends a parked client's idleness; nil = none
+	answered, served func(uintptr) bool // stored since a method value would be allocated at each wait
+
+	mu    sync.Mutex
+	until time.Time // when the wait for bytes is to end; zero = never; guarded by mu
+	timer time.Time // when the timer fires; zero = never; guarded by mu
+}
+
+func (o *wireIO) prepare(w *wire) { o.answered = w.readAnswer }
+
+func (w *wire) readWithin(now time.Time, limit time.Duration) {
+	o := &w.io
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if limit == 0 {
+		o.until = time.Time{}
+		return
+	}
+	o.until = now.Add(limit)
+	if o.timer.IsZero() || o.until.Before(o.timer) {
+		o.timer = o.until
+		w.tcp.SetReadDeadline(o.timer)
+	}
+}
+
+func (w *wire) firedEarly() bool {
+	o := &w.io
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.until.IsZero() && !time.Now().Before(o.until) {
+		return false
+	}
+	o.timer = o.until
+	w.tcp.SetReadDeadline(o.timer)
+	return true
+}
+
+func (w *wire) fill() error {
 	for {
-		if n, err = unix.Read(int(fd), w.buf[w.w:]); err != unix.EINTR {
-			break
+		w.makeRoom()
+		n, err := w.tcp.Read(w.buf[w.w:])
+		if w.w += n; n > 0 {
+			return nil
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) || !w.firedEarly() {
+			return err
 		}
 	}
-	w.idleErr = nil
+}
+
+func (w *wire) write(limit time.Duration, a, b, c []byte) error {
+	if len(b) == 0 && len(c) == 0 {
+		if w.io.fd > 0 {
+			if a = a[sendNow(w.io.fd, a):]; len(a) == 0 {
+				return nil
+			}
+		}
+		w.tcp.SetWriteDeadline(deadline(limit))
+		_, err := w.tcp.Write(a)
+		return err
+	}
+	w.tcp.SetWriteDeadline(deadline(limit))
+	w.io.vec = [3][]byte{a, b, c}
+	w.io.vecs = w.io.vec[:]
+	_, err := w.io.vecs.WriteTo(w.tcp)
+	w.io.vec = [3][]byte{}
+	return err
+}
+
+func (w *wire) ask(limit time.Duration, p []byte) error {
+	w.io.asking = p
+	for {
+		err := w.raw.Read(w.io.answered)
+		if err == nil {
+			err = w.io.err
+		}
+		if rest := w.io.asking; len(rest) > 0 && err == nil {
+			w.io.asking = nil
+			if err := w.write(limit, rest, nil, nil); err != nil {
+				return err
+			}
+			return w.fill()
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) || !w.firedEarly() {
+			return err
+		}
+	}
+}
+
+// readAnswer sends the question at its first call and reads at the next.
+func (w *wire) readAnswer(fd uintptr) bool {
+	if len(w.io.asking) == 0 {
+		return w.readNow(fd)
+	}
+	w.io.err = nil
+	w.io.asking = w.io.asking[sendNow(int(fd), w.io.asking):]
+	return len(w.io.asking) > 0
+}
+
+// sendNow sends what the socket takes, perhaps nothing, and leaves errors to be found by the write that follows then. It, and
+// receiveNow, are send(2) and recv(2) rather than write(2) and read(2), which go through the kernel's file layer; raw, since a
+// call that cannot block need not be announced to Go's scheduler.
+func sendNow(fd int, p []byte) int {
+	n, _, e := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
+	if e != 0 {
+		return 0
+	}
+	return int(n)
+}
+
+func receiveNow(fd int, p []byte) (int, error) {
+	for {
+		n, _, e := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_DONTWAIT, 0, 0)
+		switch e {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			return 0, unix.EAGAIN // boxed beforehand
+		}
+		return 0, e
+	}
+}
+
+// readNow reads what is here; false: nothing, and no buffer is held. An error or end is in io.err.
+func (w *wire) readNow(fd uintptr) bool {
+	w.makeRoom()
+	var n int
+	n, w.io.err = receiveNow(int(fd), w.buf[w.w:])
 	switch {
-	case err == unix.EAGAIN:
+	case w.io.err == unix.EAGAIN:
 		w.drop()
 		return false
-	case err != nil:
-		w.idleErr = os.NewSyscallError("read", err)
-	case n == 0:
-		w.idleErr = io.EOF
-	default:
-		w.w += n
+	case w.io.err == nil && n == 0:
+		w.io.err = io.EOF
 	}
+	w.w += n
 	return true
+}
+
+func (c *client) await() (more, parked bool) {
+	if c.io.served == nil {
+		c.io.served = c.serveNow
+	}
+	c.now = time.Now()
+	c.readWithin(c.now, c.patience())
+	for {
+		err := c.raw.Read(c.io.served)
+		if err == nil {
+			return !c.over && c.io.err == nil, false
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return false, false
+		}
+		if !c.firedEarly() { // where it cannot be parked, its time is over
+			return false, c.patience() != c.srv.cfg.IdleTimeout && c.park()
+		}
+	}
+}
+
+// patience is how long the client's goroutine waits for a request.
+func (c *client) patience() time.Duration {
+	if idle := c.srv.cfg.IdleTimeout; idle > 0 && idle <= parkAfter {
+		return idle
+	}
+	return parkAfter
+}
+
+// park has the watcher wait in the goroutine's place. When it returns true, the client is not the caller's any more.
+func (c *client) park() bool {
+	c.readBy(0)
+	if idle := c.srv.cfg.IdleTimeout; idle > 0 {
+		c.io.alarm = time.AfterFunc(idle-parkAfter, c.closeIdle)
+	}
+	c.mu.Lock()
+	c.parked = true
+	c.mu.Unlock()
+	err := c.srv.watcher.watch(&c.watch, c.raw, slot{sleeper: c}, unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLONESHOT)
+	return err == nil || !c.unpark()
+}
+
+func (c *client) unpark() (was bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	was, c.parked = c.parked, false
+	return was
+}
+
+// wake is called by the watcher.
+func (c *client) wake() {
+	if c.unpark() {
+		if c.io.alarm != nil {
+			c.io.alarm.Stop()
+		}
+		go c.serve()
+	}
+}
+
+// serveNow serves the requests that are here and to be read; false asks to be called again when there are more bytes. A read that
+// did not fill its room found all there was: what comes later, also while step runs, calls again.
+func (c *client) serveNow(fd uintptr) bool {
+	c.idle.Store(false)
+	c.io.fd = int(fd)
+	defer func() { c.io.fd = 0 }()
+	for {
+		c.io.err = nil
+		if c.buffered() > 0 && !c.step() {
+			return true
+		}
+		if !c.readNow(fd) {
+			return c.rest()
+		}
+		full := c.w == len(c.buf)
+		if c.io.err != nil || !c.step() {
+			return true
+		}
+		if !full && !c.hasLeft() {
+			return c.rest()
+		}
+	}
+}
+
+// step serves the requests that are here as far as they need nothing more from the client, so that it can run inside the wait
+// for that. It returns false when something is left to serve (left, or the beginning of a request), or nothing is to come (over).
+func (c *client) step() bool {
+	for c.buffered() > 0 && !c.over {
+		end, _, err := sectionEnd(c.unused(), 0)
+		if end == 2 { // a stray empty line is no request (RFC 9112, 2.2)
+			c.r += 2
+			continue
+		} else if end == 0 && err == nil {
+			return false
+		}
+		x := c.newExchange()
+		if x.failure = x.readRequest(); x.needsMore() {
+			c.left = x
+			return false
+		}
+		c.finish(x)
+	}
+	c.drop()
+	c.over = c.over || c.srv.draining.Load()
+	return !c.over
+}
+
+// needsMore reports whether more of the client's bytes are needed to serve the request.
+func (x *exchange) needsMore() bool {
+	return x.failure == nil && (x.connect || x.upgrades() || x.reqBody.framing == bodyChunked || x.reqBody.left > int64(x.c.buffered()))
+}
+
+// hasLeft reports whether the client's end is in the socket, where no further call would tell of it.
+func (c *client) hasLeft() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.gone
+}
+
+// rest notes that the client is between requests, and reports whether that is to end at once. Whoever wants to end it later, the
+// watcher or the drain, sees idle and calls closeIdle.
+func (c *client) rest() bool {
+	c.readWithin(c.now, c.patience())
+	c.idle.Store(true)
+	if c.hasLeft() {
+		c.closeIdle()
+	}
+	c.over = c.srv.draining.Load()
+	return c.over
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Hang-ups
 
 // watcher is an epoll instance of its own on which connections are registered for the peer's end (EPOLLRDHUP), edge-
-// triggered: one epoll_ctl(2) per connection, and nothing while bytes flow. It is itself waited for by Go's poller, so it
-// costs no thread.
+// triggered: one epoll_ctl(2) per connection, and nothing while bytes flow. Idle tunnels are registered for bytes (EPOLLIN), once.
+// It is itself waited for by Go's poller, so it costs no thread.
 type watcher struct {
 	file *os.File
 	raw  syscall.RawConn
@@ -123,7 +393,11 @@ type watcher struct {
 type slot struct {
 	generation int32
 	listener   hangupListener
+	sleeper    sleeper // to be woken instead
 }
+
+// sleeper is woken when there is something to read.
+type sleeper interface{ wake() }
 
 // watched is a connection's registration; owned by whoever adds and removes it. The zero value is none.
 type watched struct {
@@ -147,20 +421,30 @@ func newWatcher() (*watcher, error) {
 
 // add registers a connection. Failure (descriptors or max_user_watches used up) only means that hang-ups are noticed later.
 func (w *watcher) add(h *watched, raw syscall.RawConn, l hangupListener) {
+	w.watch(h, raw, slot{listener: l}, unix.EPOLLRDHUP|unix.EPOLLET)
+}
+
+// watch registers a connection, or changes what it is registered for.
+func (w *watcher) watch(h *watched, raw syscall.RawConn, s slot, events uint32) error {
+	op := unix.EPOLL_CTL_MOD
 	w.mu.Lock()
-	if n := len(w.free); n > 0 {
-		h.place = w.free[n-1]
-		w.free = w.free[:n-1]
-	} else {
-		h.place = int32(len(w.slots))
-		w.slots = append(w.slots, slot{})
+	if !h.on {
+		op = unix.EPOLL_CTL_ADD
+		if n := len(w.free); n > 0 {
+			h.place = w.free[n-1]
+			w.free = w.free[:n-1]
+		} else {
+			h.place = int32(len(w.slots))
+			w.slots = append(w.slots, slot{})
+		}
+		h.generation, h.on = w.slots[h.place].generation, true
 	}
-	w.slots[h.place].listener = l
-	h.generation, h.on = w.slots[h.place].generation, true
+	s.generation = h.generation
+	w.slots[h.place] = s
 	w.mu.Unlock()
-	event := unix.EpollEvent{Events: unix.EPOLLRDHUP | unix.EPOLLET, Fd: h.place, Pad: h.generation}
-	control(w.raw, func(epfd int) error {
-		return control(raw, func(fd int) error { return unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, fd, &event) })
+	event := unix.EpollEvent{Events: events, Fd: h.place, Pad: h.generation}
+	return control(w.raw, func(epfd int) error {
+		return control(raw, func(fd int) error { return unix.EpollCtl(epfd, op, fd, &event) })
 	})
 }
 
@@ -179,6 +463,10 @@ func (w *watcher) remove(h *watched) {
 // run tells listeners until the watcher is closed.
 func (w *watcher) run() {
 	events := make([]unix.EpollEvent, 128)
+	var cycles uint64
+	var timer *time.Timer
+	timer = time.AfterFunc(calm, func() { cycles = giveBack(cycles); timer.Reset(calm) })
+	defer timer.Stop()
 	for {
 		n := 0
 		err := w.raw.Read(func(fd uintptr) bool {
@@ -192,7 +480,12 @@ func (w *watcher) run() {
 			w.mu.Lock()
 			s := w.slots[e.Fd]
 			w.mu.Unlock()
-			if s.generation == e.Pad && s.listener != nil {
+			if s.generation != e.Pad {
+				continue
+			}
+			if s.sleeper != nil {
+				s.sleeper.wake()
+			} else if s.listener != nil {
 				s.listener.hungUp(e.Events&(unix.EPOLLERR|unix.EPOLLHUP) != 0)
 			}
 		}
@@ -201,6 +494,24 @@ func (w *watcher) run() {
 
 func (w *watcher) close() { w.file.Close() }
 
+// calm is how long no garbage was collected when memory is given back.
+const calm = 2 * time.Second
+
+// giveBack returns to the system what a burst of connections has left behind: goroutines' stacks above all. Go would do so after
+// its next garbage collection, but a process that has become idle may not have one for two minutes. It does nothing when there
+// was one since cycles were counted, and returns the new count.
+func giveBack(cycles uint64) uint64 {
+	m := []metrics.Sample{{Name: "/gc/cycles/total:gc-cycles"}, {Name: "/memory/classes/heap/free:bytes"},
+		{Name: "/memory/classes/heap/stacks:bytes"}, {Name: "/memory/classes/heap/objects:bytes"}}
+	metrics.Read(m)
+	spare := int64(m[1].Value.Uint64()+m[2].Value.Uint64()) - int64(runtime.NumGoroutine())*8<<10
+	if m[0].Value.Uint64() == cycles && spare > int64(2<<20+m[3].Value.Uint64()/4) {
+		debug.FreeOSMemory()
+		metrics.Read(m)
+	}
+	return m[0].Value.Uint64()
+}
+
 // hangupListener is told that its peer closed its sending side; reset: the whole connection.
 type hangupListener interface{ hungUp(reset bool) }
 
@@ -208,11 +519,39 @@ type hangupListener interface{ hungUp(reset bool) }
 func (c *client) hungUp(reset bool) {
 	c.mu.Lock()
 	c.gone = true
+	if !reset {
+		c.graceLocked()
+	}
 	c.mu.Unlock()
+	c.closeIdle()
 	if reset {
 		c.abandon()
-	} else {
-		time.AfterFunc(hangupGrace, c.abandon)
+	}
+}
+
+// hangupGrace is how long a client that has closed its sending side still gets for the answer it waits for. Whether it has left
+// or only half-closed (`printf … | nc -N`) cannot be told without sending.
+const hangupGrace = time.Second
+
+func (c *client) graceLocked() {
+	if !c.grace {
+		c.grace, c.acked = true, bytesAcked(c.raw)
+		time.AfterFunc(hangupGrace, c.abandonUnlessReading)
+	}
+}
+
+// abandonUnlessReading ends that wait, or begins it anew when the client has taken bytes meanwhile.
+func (c *client) abandonUnlessReading() {
+	c.mu.Lock()
+	before := c.acked
+	c.acked = bytesAcked(c.raw)
+	if c.grace = c.acked != before; c.grace {
+		time.AfterFunc(hangupGrace, c.abandonUnlessReading)
+	}
+	stopped := !c.grace
+	c.mu.Unlock()
+	if stopped {
+		c.abandon()
 	}
 }
 
@@ -225,12 +564,56 @@ func (up *upstream) hungUp(bool) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Parked tunnels
+
+func (d *direction) park() bool {
+	t := d.t
+	d.src.drop()
+	t.mu.Lock()
+	ended := t.ended
+	d.parked = !ended
+	t.mu.Unlock()
+	if ended {
+		t.leave()
+		return true
+	}
+	event := uint32(unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLONESHOT)
+	return t.x.srv.watcher.watch(d.watch, d.src.raw, slot{sleeper: d}, event) == nil || !d.unpark()
+}
+
+func (d *direction) unpark() bool {
+	d.t.mu.Lock()
+	defer d.t.mu.Unlock()
+	was := d.parked
+	d.parked = false
+	return was
+}
+
+// wake is called by the watcher.
+func (d *direction) wake() {
+	if d.unpark() {
+		d.t.touch()
+		d.t.tick()
+		go d.carry()
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Splice
 
 // pipeSize is asked for as the capacity of a pipe; the kernel may give less.
 const pipeSize = 256 << 10
 
-const kernelMoves = true
+func (o *bodyWriter) splice(b *body, beforeRead func()) (readErr, writeErr error) {
+	m := move{dst: o.dst, src: b.w, limit: b.left, beforeRead: beforeRead, patience: o.limit, moved: func() {}}
+	n, err := m.run()
+	b.size += n
+	b.left -= n
+	if m.readFailed {
+		return err, nil
+	}
+	return nil, err
+}
 
 // run is flush and then, through a pipe that is held only while src is being read or bytes are in it, splice(2).
 func (m *move) run() (int64, error) {
@@ -242,20 +625,40 @@ func (m *move) run() (int64, error) {
 	for s.total < m.limit && err == nil {
 		reading := s.held == 0
 		if reading {
-			m.beforeRead() // each time: a deadline may pass while there is always something to read, but dst is slow
+			if m.beforeRead != nil { // each time: a deadline may pass while there is always something to read, but dst is slow
+				m.beforeRead()
+			}
 			err = m.src.raw.Read(in)
 		} else {
-			m.beforeWrite()
+			m.armWrite()
 			err = m.dst.raw.Write(out)
 		}
 		if err == nil {
 			err, s.err = s.err, nil
 		}
-		if m.readFailed = reading && err != nil; m.mayRetry(err) {
+		if err == unix.EMFILE { // of takePipe
+			n, reading, err = m.copyOnce(m.limit - s.total)
+			s.total += n
+		}
+		if m.readFailed = reading && err != nil; m.readFailed && m.mayRetry(err) {
 			err = nil
 		}
 	}
 	return s.total, err
+}
+
+// copyOnce moves what one read gives through a buffer, where no descriptor is left for a pipe. reading tells which side failed.
+func (m *move) copyOnce(limit int64) (n int64, reading bool, err error) {
+	if err = m.src.fill(); err == io.EOF {
+		return 0, true, io.ErrUnexpectedEOF
+	} else if err != nil {
+		return 0, true, err
+	}
+	n, err = m.flush(limit)
+	if m.src.buffered() == 0 {
+		m.src.drop()
+	}
+	return n, false, err
 }
 
 // splicer is one run of a move.
@@ -299,12 +702,19 @@ func (s *splicer) out(fd uintptr) bool {
 	return true
 }
 
+// splice moves what is there, without blocking: raw, as sendNow is.
 func splice(from, to, most int) (int, error) {
 	for {
-		n, err := unix.Splice(from, nil, to, nil, most, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-		if err != unix.EINTR {
-			return int(max(n, 0)), err
+		n, _, e := unix.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(most), unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+		switch e {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			return 0, unix.EAGAIN // boxed beforehand
 		}
+		return 0, e
 	}
 }
 
@@ -323,7 +733,7 @@ func (s *splicer) takePipe() error {
 	}
 	p := new([2]int)
 	if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
-		return os.NewSyscallError("pipe2", err)
+		return unix.EMFILE // or ENFILE, or ENOMEM: it is all the same
 	}
 	unix.FcntlInt(uintptr(p[1]), unix.F_SETPIPE_SZ, pipeSize) // past pipe-user-pages-soft the default stays
 	s.pipe = p

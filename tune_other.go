@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"io"
 	"log/slog"
+	"net"
 	"syscall"
 	"time"
 )
@@ -31,16 +32,69 @@ func (*watcher) remove(*watched)                    {}
 func (*watcher) run()                               {}
 func (*watcher) close()                             {}
 
-func isQuiet(syscall.RawConn) bool    { return true }
-func (w *wire) readIdle(uintptr) bool { return true }
-func (w *wire) fillIdle() error       { return w.fill() }
+func isQuiet(syscall.RawConn) bool { return true }
+func (*client) graceLocked()       {}
+func (*client) unpark() bool       { return false }
+func (*direction) park() bool      { return false }
+func (*direction) unpark() bool    { return false }
 
-const kernelMoves = false
+type wireIO struct{}
+
+func (*wireIO) prepare(*wire) {}
+
+func (w *wire) firedEarly() bool { return false }
+func (w *wire) readWithin(now time.Time, limit time.Duration) {
+	if limit == 0 {
+		w.tcp.SetReadDeadline(time.Time{})
+	} else {
+		w.tcp.SetReadDeadline(now.Add(limit))
+	}
+}
+
+func (w *wire) fill() error {
+	w.makeRoom()
+	n, err := w.tcp.Read(w.buf[w.w:])
+	if w.w += n; n > 0 {
+		return nil
+	}
+	return err
+}
+
+func (w *wire) write(limit time.Duration, a, b, c []byte) error {
+	w.tcp.SetWriteDeadline(deadline(limit))
+	_, err := (&net.Buffers{a, b, c}).WriteTo(w.tcp)
+	return err
+}
+
+func (w *wire) ask(limit time.Duration, p []byte) error {
+	if err := w.write(limit, p, nil, nil); err != nil {
+		return err
+	}
+	return w.fill()
+}
+
+func (c *client) await() (more, parked bool) {
+	if c.buffered() > 0 {
+		return true, false
+	}
+	c.drop()
+	c.readWithin(time.Now(), c.srv.cfg.IdleTimeout)
+	c.idle.Store(true)
+	if c.srv.draining.Load() || c.fill() != nil {
+		return false, false
+	}
+	c.idle.Store(false)
+	return true, false
+}
+
+func (*bodyWriter) splice(*body, func()) (readErr, writeErr error) { return nil, nil }
 
 func (m *move) run() (total int64, err error) {
 	for total < m.limit && err == nil {
 		if m.src.buffered() == 0 {
-			m.beforeRead()
+			if m.beforeRead != nil {
+				m.beforeRead()
+			}
 			if err = m.src.fill(); m.mayRetry(err) {
 				err = nil
 				continue
