@@ -465,7 +465,8 @@ func (w *watcher) run() {
 	events := make([]unix.EpollEvent, 128)
 	var cycles uint64
 	var timer *time.Timer
-	timer = time.AfterFunc(calm, func() { cycles = giveBack(cycles); timer.Reset(calm) })
+	timer = time.AfterFunc(never, func() { cycles = giveBack(cycles); timer.Reset(calm) })
+	timer.Reset(calm) // not before timer is set, which the function reads
 	defer timer.Stop()
 	for {
 		n := 0
