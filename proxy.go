@@ -849,10 +849,10 @@ func (w *wire) drop() {
 }
 
 // readHead reads until a whole head stands at the front of the unused bytes, and takes it, with the empty line that ends it.
-// Empty lines before it are skipped (RFC 9112, 2.2). limit is the most bytes it may have, within the time for what is not here yet;
+// Empty lines before a request are skipped (RFC 9112, 2.2). limit is the most bytes it may have, within the time for what is not here yet;
 // 0 = any, less = what is set already. Errors: a fault, or that of the read. The head is valid until the wire is filled again.
 func (w *wire) readHead(limit int, within time.Duration) ([]byte, error) {
-	for line := 0; ; { // where the line under way begins
+	for line, request := 0, within >= 0; ; { // where the line under way begins
 		b := w.unused()
 		if len(b) > 0 && line == 0 && b[0] != '\r' && octets[b[0]]&tokenOctet == 0 {
 			return nil, fault("the first byte cannot begin an HTTP/1 message") // TLS, SOCKS: no line end may ever come
@@ -861,7 +861,7 @@ func (w *wire) readHead(limit int, within time.Duration) ([]byte, error) {
 		switch {
 		case err != nil:
 			return nil, err
-		case end == 2:
+		case end == 2 && request:
 			w.r += 2
 			continue
 		case end > limit || end == 0 && len(b) >= limit:

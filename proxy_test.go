@@ -2629,7 +2629,6 @@ func TestForwardedResponse(t *testing.T) {
 		{name: "empty reason", answer: "HTTP/1.1 200 \r\n" + date + "Content-Length: 0\r\n\r\n", gets: "HTTP/1.1 200 \r\n" + date + viaOne + "Content-Length: 0\r\n\r\n"},
 		{name: "no reason", answer: "HTTP/1.1 200\r\n" + date + "Content-Length: 0\r\n\r\n", gets: "HTTP/1.1 200 \r\n" + date + viaOne + "Content-Length: 0\r\n\r\n"},
 		{name: "odd status", answer: "HTTP/1.1 999 X\r\n" + date + "Content-Length: 0\r\n\r\n", gets: "HTTP/1.1 999 X\r\n" + date + viaOne + "Content-Length: 0\r\n\r\n"},
-		{name: "empty line before", answer: "\r\n" + plainAnswer},
 		{name: "Via grows", answer: ok + "Via: 1.1 a\r\nContent-Length: 0\r\n\r\n", gets: "HTTP/1.1 200 OK\r\n" + date + "Via: 1.1 a\r\n" + viaOne + "Content-Length: 0\r\n\r\n"},
 		{name: "hop-by-hop", answer: ok + "Connection: X-Hop, keep-alive\r\nx-hop: a\r\nKeep-Alive: timeout=5\r\nProxy-Connection: keep-alive\r\nProxy-Authenticate: Basic\r\nUpgrade: h2c\r\nTrailer: T\r\nContent-Length: 0\r\n\r\n",
 			gets: "HTTP/1.1 200 OK\r\n" + date + "Trailer: T\r\n" + viaOne + "Content-Length: 0\r\n\r\n"},
@@ -3197,6 +3196,7 @@ func TestMalformedResponses(t *testing.T) {
 		{"empty name", ok + ": b\r\n\r\n", protocol, ""},
 		{"space before colon", ok + "Content-Length : 0\r\n\r\n", protocol, ""},
 		{"begins with a fold", ok + " A: b\r\n\r\n", protocol, ""},
+		{"an empty line before", "\r\n" + ok + "\r\n", protocol, ""},
 		{"101 not asked for", "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", protocol, ""},
 		{"head too large", ok + "A: " + strings.Repeat("b", 3000) + "\r\n\r\n", headSize, "SLUICE_MAX_HEADER"},
 		{"many fields", ok + strings.Repeat("A:\r\n", 700) + "\r\n", headSize, "SLUICE_MAX_HEADER"},
@@ -5087,7 +5087,7 @@ func FuzzResponse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		up := &upstream{wire: memoryWire(s, data)}
 		up.w = len(data)
-		raw, err := up.readHead(64<<10, 0)
+		raw, err := up.readHead(64<<10, -1)
 		if err != nil {
 			return
 		}
