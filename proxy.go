@@ -21,9 +21,9 @@
 //   - A client connection belongs to the goroutine of client.serve. While it runs, exchange.sendBody owns the client's reading
 //     side and the upstream's writing side.
 //   - Slices into a wire's buffer are valid until that wire is filled again.
-//   - A connection between requests holds no buffer, an idle tunnel neither buffer nor pipe.
+//   - A connection between requests holds no buffer, an idle tunnel neither buffer nor pipe, and neither a goroutine after parkAfter.
 //   - The address that policy judged is the address that is dialled.
-//   - Every lock is a leaf: none is taken while another is held.
+//   - Every lock is a leaf: none is taken while another is held, but that of a wire's timer under client.mu.
 package main
 
 import (

@@ -154,17 +154,17 @@ func (w *wire) fill() error {
 }
 
 func (w *wire) write(limit time.Duration, a, b, c []byte) error {
-	if len(b) == 0 && len(c) == 0 {
-		if w.io.fd > 0 {
-			if a = a[sendNow(w.io.fd, a):]; len(a) == 0 {
-				return nil
-			}
+	single := len(b) == 0 && len(c) == 0
+	if single && w.io.fd > 0 {
+		if a = a[sendNow(w.io.fd, a):]; len(a) == 0 {
+			return nil
 		}
-		w.tcp.SetWriteDeadline(deadline(limit))
+	}
+	w.tcp.SetWriteDeadline(deadline(limit))
+	if single {
 		_, err := w.tcp.Write(a)
 		return err
 	}
-	w.tcp.SetWriteDeadline(deadline(limit))
 	w.io.vec = [3][]byte{a, b, c}
 	w.io.vecs = w.io.vec[:]
 	_, err := w.io.vecs.WriteTo(w.tcp)
@@ -216,16 +216,21 @@ func sendNow(fd int, p []byte) int {
 func receiveNow(fd int, p []byte) (int, error) {
 	for {
 		n, _, e := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_DONTWAIT, 0, 0)
-		switch e {
-		case 0:
-			return int(n), nil
-		case unix.EINTR:
-			continue
-		case unix.EAGAIN:
-			return 0, unix.EAGAIN // boxed beforehand
+		if e != unix.EINTR {
+			return outcome(n, e)
 		}
-		return 0, e
 	}
+}
+
+// outcome is that of a raw system call, without an allocation when there was nothing to do.
+func outcome(n uintptr, e syscall.Errno) (int, error) {
+	switch e {
+	case 0:
+		return int(n), nil
+	case unix.EAGAIN:
+		return 0, unix.EAGAIN // boxed beforehand
+	}
+	return 0, e
 }
 
 // readNow reads what is here; false: nothing, and no buffer is held. An error or end is in io.err.
@@ -281,8 +286,7 @@ func (c *client) park() bool {
 	c.mu.Lock()
 	c.parked = true
 	c.mu.Unlock()
-	err := c.srv.watcher.watch(&c.watch, c.raw, slot{sleeper: c}, unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLONESHOT)
-	return err == nil || !c.unpark()
+	return c.srv.watcher.awaitReadable(&c.watch, c.raw, c) || !c.unpark()
 }
 
 func (c *client) unpark() (was bool) {
@@ -377,7 +381,7 @@ func (c *client) rest() bool {
 // Hang-ups
 
 // watcher is an epoll instance of its own on which connections are registered for the peer's end (EPOLLRDHUP), edge-
-// triggered: one epoll_ctl(2) per connection, and nothing while bytes flow. Idle tunnels are registered for bytes (EPOLLIN), once.
+// triggered: one epoll_ctl(2) per connection, and nothing while bytes flow. Parked clients and tunnels are registered for bytes (EPOLLIN), once.
 // It is itself waited for by Go's poller, so it costs no thread.
 type watcher struct {
 	file *os.File
@@ -422,6 +426,11 @@ func newWatcher() (*watcher, error) {
 // add registers a connection. Failure (descriptors or max_user_watches used up) only means that hang-ups are noticed later.
 func (w *watcher) add(h *watched, raw syscall.RawConn, l hangupListener) {
 	w.watch(h, raw, slot{listener: l}, unix.EPOLLRDHUP|unix.EPOLLET)
+}
+
+// awaitReadable has s woken, once, when there is something to read. It returns false where that cannot be.
+func (w *watcher) awaitReadable(h *watched, raw syscall.RawConn, s sleeper) bool {
+	return w.watch(h, raw, slot{sleeper: s}, unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLONESHOT) == nil
 }
 
 // watch registers a connection, or changes what it is registered for.
@@ -578,8 +587,7 @@ func (d *direction) park() bool {
 		t.leave()
 		return true
 	}
-	event := uint32(unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLONESHOT)
-	return t.x.srv.watcher.watch(d.watch, d.src.raw, slot{sleeper: d}, event) == nil || !d.unpark()
+	return t.x.srv.watcher.awaitReadable(d.watch, d.src.raw, d) || !d.unpark()
 }
 
 func (d *direction) unpark() bool {
@@ -707,15 +715,9 @@ func (s *splicer) out(fd uintptr) bool {
 func splice(from, to, most int) (int, error) {
 	for {
 		n, _, e := unix.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(most), unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-		switch e {
-		case 0:
-			return int(n), nil
-		case unix.EINTR:
-			continue
-		case unix.EAGAIN:
-			return 0, unix.EAGAIN // boxed beforehand
+		if e != unix.EINTR {
+			return outcome(n, e)
 		}
-		return 0, e
 	}
 }
 
