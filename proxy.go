@@ -645,7 +645,7 @@ type client struct {
 	upstream *upstream  // carries this client's request
 	tunnel   *tunnel    // has taken over, and sees hang-ups itself
 	giveUp   func()     // ends the lookup or dial under way
-	failed   *failure   // why the request's body could not be sent on
+	failed   *failure   // why the upstream connection was closed: the client left, or its body could not be sent on
 }
 
 func (s *server) newClient(conn *net.TCPConn) *client {
@@ -744,6 +744,7 @@ func (c *client) abandon() {
 		c.giveUp()
 	}
 	if c.upstream != nil {
+		c.failed = cmp.Or(c.failed, fail(0, tokenClient, "the client left before %s had answered", c.upstream.key))
 		c.upstream.tcp.Close()
 	}
 }
@@ -799,14 +800,14 @@ const bufferSize = 16 << 10
 // wire is one connection and the bytes that were read from it and not used yet.
 type wire struct {
 	srv  *server
-	tcp  *net.TCPConn
+	tcp  stream
 	raw  syscall.RawConn // of tcp
 	buf  []byte          // nil while nothing is held
 	r, w int             // buf[r:w] is unused
 	io   wireIO
 }
 
-func (w *wire) attach(srv *server, conn *net.TCPConn) {
+func (w *wire) attach(srv *server, conn stream) {
 	w.srv, w.tcp = srv, conn
 	w.raw, _ = conn.SyscallConn() // fails on nil only
 	w.io.prepare(w)
@@ -1657,12 +1658,11 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	if len(allowed) == 0 {
 		return nil, f
 	}
-	conn, err := x.srv.race(ctx, allowed)
+	up, err := x.srv.race(ctx, allowed)
 	if err != nil {
 		return nil, x.dialFailure(err)
 	}
-	up := &upstream{key: string(x.dst.key), peer: addrPort(conn.RemoteAddr()).Addr().String()}
-	up.attach(x.srv, conn.(*net.TCPConn))
+	up.key = string(x.dst.key)
 	return up, nil
 }
 
@@ -1698,29 +1698,26 @@ func isUnroutable(err error) bool {
 	return errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EINVAL)
 }
 
-// race connects to the first that answers (RFC 8305), each with a head start, the next at once when one fails. It avoids
-// Dialer.DialTCP, which binds the socket first: a port that is taken so serves no second destination.
-func (s *server) race(ctx context.Context, addrs []netip.AddrPort) (net.Conn, error) {
-	dialer := &net.Dialer{Control: s.sockets.dialling, KeepAlive: -1}
-	dialer.SetMultipathTCP(false)
+// race connects to the first that answers (RFC 8305), each with a head start, the next at once when one fails.
+func (s *server) race(ctx context.Context, addrs []netip.AddrPort) (*upstream, error) {
 	if len(addrs) == 1 {
-		return dialer.DialContext(ctx, "tcp", addrs[0].String())
+		return s.dial(ctx, addrs[0])
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	winner, losers := make(chan net.Conn), make(chan error, len(addrs)) // every loser is counted, also when nobody waits
+	winner, losers := make(chan *upstream), make(chan error, len(addrs)) // every loser is counted, also when nobody waits
 	start := time.NewTimer(0)
 	var worst error
 	for next, lost := 0, 0; lost < len(addrs); {
 		select {
 		case <-start.C:
 			if next < len(addrs) {
-				go attempt(ctx, dialer, addrs[next], winner, losers)
+				go s.attempt(ctx, addrs[next], winner, losers)
 				next++
 				start.Reset(250 * time.Millisecond) // RFC 8305, 5
 			}
-		case conn := <-winner:
-			return conn, nil
+		case up := <-winner:
+			return up, nil
 		case err := <-losers:
 			lost++
 			if worst == nil || isUnroutable(worst) { // a family without a route says least
@@ -1732,15 +1729,15 @@ func (s *server) race(ctx context.Context, addrs []netip.AddrPort) (net.Conn, er
 	return nil, worst
 }
 
-// attempt dials one address. What connects when the race is over is closed, and lost.
-func attempt(ctx context.Context, dialer *net.Dialer, addr netip.AddrPort, winner chan<- net.Conn, losers chan<- error) {
-	conn, err := dialer.DialContext(ctx, "tcp", addr.String())
+// attempt connects to one address. What connects when the race is over is closed, and lost.
+func (s *server) attempt(ctx context.Context, addr netip.AddrPort, winner chan<- *upstream, losers chan<- error) {
+	up, err := s.dial(ctx, addr)
 	if err == nil {
 		select {
-		case winner <- conn:
+		case winner <- up:
 			return
 		case <-ctx.Done():
-			conn.Close()
+			up.close()
 			err = &net.OpError{Op: "dial", Net: "tcp", Err: ctx.Err()}
 		}
 	}
@@ -1765,6 +1762,12 @@ func (up *upstream) close() {
 	up.srv.watcher.remove(&up.watch)
 	up.tcp.Close()
 	up.drop()
+}
+
+func newUpstream(s *server, conn stream, addr netip.AddrPort) *upstream {
+	up := &upstream{peer: addr.Addr().String()}
+	up.attach(s, conn)
+	return up
 }
 
 // burstGrace is how long connections are kept that are more than the limits allow. With 1,024 clients and one origin up to a
@@ -2201,8 +2204,6 @@ func (x *exchange) upstreamFailure(err error) *failure {
 		return fail(502, tokenBodySize, "response of %s: %v (SLUICE_MAX_RESPONSE_BODY)", x.dst.key, err)
 	case errors.As(err, &bad):
 		return fail(502, tokenProtocol, "response of %s: %v", x.dst.key, err)
-	case errors.Is(err, net.ErrClosed): // by client.abandon
-		return fail(0, tokenClient, "the client left before %s had answered", x.dst.key)
 	case errors.Is(err, os.ErrDeadlineExceeded) && x.respBody.w == nil:
 		return fail(504, tokenResponseTimeout, "nothing came from %s for %v (SLUICE_RESPONSE_TIMEOUT)", x.dst.key, x.srv.cfg.ResponseTimeout)
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -2532,11 +2533,8 @@ func (x *exchange) relay(up *upstream) {
 	if c.track(nil, nil, t) {
 		t.end("drain")
 	}
-	for _, d := range []*direction{&t.onward, &t.backward} {
-		if d.src.buffered() > 0 || !d.park() {
-			go d.carry()
-		}
-	}
+	go t.backward.carry()
+	t.onward.carry() // in the goroutine of client.serve
 }
 
 // carry moves bytes until src has been idle for a while, or ends: that is passed on.
@@ -2618,6 +2616,7 @@ func (t *tunnel) leave() {
 	x.conclude(nil)
 	t.up.close()
 	c.end()
+	c.srv.exchanges.Put(x)
 }
 
 func (t *tunnel) touch() { t.last.Store(int64(time.Since(t.since))) }
@@ -2975,8 +2974,10 @@ func askHealth(environ []string) error {
 // tune_linux.go and tune_other.go each define:
 //
 //	canReusePort                 whether several sockets may listen on one address
-//	sockets                      options: listening and dialling are Control functions, deadPeer is when a peer that acknowledges
-//	                             nothing is given up; close frees what is kept
+//	sockets                      listening is a Control function, deadPeer is when a peer that acknowledges nothing is given up;
+//	                             close frees what is kept
+//	stream                       a connection: the methods of *net.TCPConn that are used
+//	(*server).dial(ctx, addr)    connects until ctx ends; an error is a *net.OpError, with that of ctx when it ended
 //	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, checks (TUNE=apply: writes) sysctls, and warns of what falls short
 //	openFiles() int              the descriptor limit in force, 0 where there is none
 //	watcher, watched             after add(&watched, raw, owner) of a client or upstream, run calls owner.hungUp when its peer has

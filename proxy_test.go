@@ -1831,6 +1831,36 @@ func TestNameOfBlackHoles(t *testing.T) {
 	})
 }
 
+// TestMeetingItself: a connection to a closed port of this host may be given that very port as its own, and is then connected to
+// itself: what it says would be its answer. It runs in a network namespace in which there are few ports to choose from.
+func TestMeetingItself(t *testing.T) {
+	if os.Getenv("TEST_FEW_PORTS") == "" {
+		cmd := exec.Command("unshare", "--user", "--map-root-user", "--net", "sh", "-c",
+			`ip link set lo up && echo 40000 40007 > /proc/sys/net/ipv4/ip_local_port_range && echo ready && exec "$0" -test.run '^TestMeetingItself$' -test.v`, os.Args[0])
+		cmd.Env = append(os.Environ(), "TEST_FEW_PORTS=1")
+		out, err := cmd.CombinedOutput()
+		if !bytes.Contains(out, []byte("ready\n")) {
+			t.Skipf("no network namespace: %v, %s", err, out)
+		}
+		if err != nil || !bytes.Contains(out, []byte("--- PASS: TestMeetingItself")) {
+			t.Errorf("in its namespace: %v\n%s", err, out)
+		}
+		return
+	}
+	p := startProxy(t, "ADMIN=off")
+	c := p.dial(t)
+	for range 200 {
+		for port := 40000; port < 40008; port++ {
+			target := fmt.Sprintf("127.0.0.1:%d", port)
+			if target == p.addr || target == c.LocalAddr().String() {
+				continue
+			}
+			c.send("%s", request("GET", "http://"+target+"/"))
+			c.wantsRefusal("GET", 502, "connection_refused", target)
+		}
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Pool
 
@@ -3602,6 +3632,38 @@ func TestTunnelEnds(t *testing.T) {
 			t.Errorf("the client got %v, want a reset", err)
 		}
 	})
+}
+
+// TestMessagesAndFlows: what comes little at a time passes through a buffer, more through a pipe, and either may find the receiver full.
+func TestMessagesAndFlows(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	c, up := p.openTunnel(t, o)
+	for _, end := range []*peer{c, up} {
+		end.TCPConn.SetReadBuffer(32 << 10)
+	}
+	var total int
+	for i, size := range []int{1, 100, bufferSize - 1, bufferSize, bufferSize + 1, 3, 200_000, 7, 3 << 20, 1, bufferSize, 12_000, 2} {
+		data := noise(size, byte(i))
+		total += size
+		for _, way := range [][2]*peer{{c, up}, {up, c}} {
+			sent, got := way[0].sending(data, false), make([]byte, size)
+			if i%2 == 1 {
+				time.Sleep(20 * time.Millisecond) // the receiver is full, for some sizes
+			}
+			if _, err := io.ReadFull(way[1].br, got); err != nil {
+				t.Fatal(err)
+			}
+			sameBytes(t, fmt.Sprintf("%d bytes", size), got, data)
+			if err := <-sent; err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	c.Close()
+	up.wantsEnd()
+	up.Close()
+	wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{
+		"http.request.body.size": float64(total), "http.response.body.size": float64(total), "close_reason": "client_closed"})
 }
 
 // The tunnels are opened together and then looked at one after the other, so that the limits run at the same time.

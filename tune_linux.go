@@ -3,12 +3,15 @@
 package main
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"math"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -44,10 +47,6 @@ func (s *sockets) listening(network, address string, c syscall.RawConn) error {
 	})
 }
 
-func (s *sockets) dialling(network, address string, c syscall.RawConn) error {
-	return control(c, s.keepAlive)
-}
-
 // keepAlive has the kernel look for peers that lost power. TCP_USER_TIMEOUT overrides the count of probes, and also ends a
 // connection whose reader lets its window stay shut for that long, so it is no shorter than the limit for idle tunnels.
 func (s *sockets) keepAlive(fd int) error {
@@ -56,6 +55,132 @@ func (s *sockets) keepAlive(fd int) error {
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 30),
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15),
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(min(s.deadPeer.Milliseconds(), math.MaxInt32))))
+}
+
+// stream is either what accept(2) gave, by package net, or a socket.
+type stream interface {
+	io.ReadWriteCloser
+	syscall.Conn
+	CloseRead() error
+	CloseWrite() error
+	SetLinger(seconds int) error
+	SetReadDeadline(time.Time) error
+	SetWriteDeadline(time.Time) error
+}
+
+// socket is a connection that was made here. Package net spends more on one: six system calls that tell nothing new, a goroutine
+// that waits for ctx, and so many frames that the stack has to grow; together 5% of what a tunnel costs.
+type socket struct {
+	*os.File
+	raw syscall.RawConn
+}
+
+// SyscallConn is called once more by wire.attach.
+func (k *socket) SyscallConn() (syscall.RawConn, error) { return k.raw, nil }
+
+func (k *socket) CloseRead() error {
+	return control(k.raw, func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RD) })
+}
+
+func (k *socket) CloseWrite() error {
+	return control(k.raw, func(fd int) error { return unix.Shutdown(fd, unix.SHUT_WR) })
+}
+
+func (k *socket) SetLinger(seconds int) error {
+	return control(k.raw, func(fd int) error {
+		return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: int32(seconds)})
+	})
+}
+
+func (s *server) dial(ctx context.Context, addr netip.AddrPort) (*upstream, error) {
+	k, err := s.sockets.open(ctx, newSockaddr(addr))
+	if err != nil {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(addr), Err: cmp.Or(ctx.Err(), err)}
+	}
+	return newUpstream(s, k, addr), nil
+}
+
+// open connects until ctx ends.
+func (s *sockets) open(ctx context.Context, to *sockaddr) (*socket, error) {
+	fd, err := unix.Socket(int(to.family), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	k := &socket{File: os.NewFile(uintptr(fd), "")}
+	k.raw, _ = k.File.SyscallConn() // fails on nil only
+	stop := context.AfterFunc(ctx, func() { k.SetWriteDeadline(time.Unix(1, 0)) })
+	if err = errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1), s.keepAlive(fd)); err == nil {
+		err = k.connect(to)
+	}
+	if !stop() && err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		k.Close()
+		return nil, err
+	}
+	return k, nil
+}
+
+// connect is connect(2), raw, as sendNow is: a handshake over loopback is made within it. Called again it tells what became of
+// the first call.
+func (k *socket) connect(to *sockaddr) error {
+	var e syscall.Errno
+	err := k.raw.Write(func(fd uintptr) bool {
+		_, _, e = unix.RawSyscall(unix.SYS_CONNECT, fd, uintptr(unsafe.Pointer(to)), to.size())
+		if e == 0 && to.metBy(fd) {
+			e = unix.ECONNREFUSED
+		}
+		return e != unix.EINPROGRESS && e != unix.EALREADY
+	})
+	if err == nil && e != 0 {
+		err = os.NewSyscallError("connect", e)
+	}
+	return err
+}
+
+// sockaddr has the layout of struct sockaddr_in6, the beginning of which is also that of sockaddr_in but for the place of the
+// address (ip(7), ipv6(7)). port and what follows are in network byte order, scope is not.
+type sockaddr struct {
+	family, port uint16
+	address4     [4]byte // flow information in IPv6
+	address6     [16]byte
+	scope        uint32
+}
+
+func newSockaddr(addr netip.AddrPort) *sockaddr {
+	a := &sockaddr{family: unix.AF_INET, port: addr.Port()<<8 | addr.Port()>>8}
+	ip := addr.Addr()
+	if ip.Is4() {
+		a.address4 = ip.As4()
+		return a
+	}
+	a.family, a.address6 = unix.AF_INET6, ip.As16()
+	if link, err := net.InterfaceByName(ip.Zone()); err == nil {
+		a.scope = uint32(link.Index)
+	} else if n, err := strconv.ParseUint(ip.Zone(), 10, 32); err == nil {
+		a.scope = uint32(n)
+	}
+	return a
+}
+
+func (a *sockaddr) size() uintptr {
+	if a.family == unix.AF_INET {
+		return unix.SizeofSockaddrInet4
+	}
+	return unix.SizeofSockaddrInet6
+}
+
+// metBy reports whether a socket has connected to itself: on a closed port of this host that was given to it as its own
+// (RFC 9293, 3.5, simultaneous open). Given ports are 1024 and up.
+func (a *sockaddr) metBy(fd uintptr) bool {
+	if a.port<<8|a.port>>8 < 1024 {
+		return false
+	}
+	var own sockaddr
+	size := uint32(unsafe.Sizeof(own))
+	unix.RawSyscall(unix.SYS_GETSOCKNAME, fd, uintptr(unsafe.Pointer(&own)), uintptr(unsafe.Pointer(&size)))
+	return own.port == a.port && own.address4 == a.address4 && own.address6 == a.address6
 }
 
 // control runs f on the descriptor of c.
@@ -98,20 +223,21 @@ func bytesAcked(raw syscall.RawConn) (n uint64) {
 
 // wireIO is owned by whoever reads the wire, but for the timer.
 type wireIO struct {
-	fd               int       // while its use is safe without a lock: within answered and served; else 0
-	vec              [3][]byte // used by write
-	vecs             net.Buffers
-	asking           []byte             // what ask has not sent yet
-	err              error              // of the last call of answered or served
-	alarm            *time.Timer        // ends a parked client's idleness; nil = none
-	answered, served func(uintptr) bool // stored since a method value would be allocated at each wait
+	fd       int         // while its use is safe without a lock: within answered and served; else 0
+	asking   []byte      // what ask has not sent yet
+	err      error       // of the last call of answered or served
+	alarm    *time.Timer // ends a parked client's idleness; nil = none
+	writing  [3][]byte   // what write has not sent yet; this and writeErr are owned by whoever writes
+	writeErr error       // of the last call of written
+
+	answered, served, written func(uintptr) bool // stored since a method value would be allocated at each wait
 
 	mu    sync.Mutex
 	until time.Time // when the wait for bytes is to end; zero = never; guarded by mu
 	timer time.Time // when the timer fires; zero = never; guarded by mu
 }
 
-func (o *wireIO) prepare(w *wire) { o.answered = w.readAnswer }
+func (o *wireIO) prepare(w *wire) { o.answered, o.written = w.readAnswer, w.writeNow }
 
 func (w *wire) readWithin(now time.Time, limit time.Duration) {
 	o := &w.io
@@ -161,15 +287,49 @@ func (w *wire) write(limit time.Duration, a, b, c []byte) error {
 		}
 	}
 	w.tcp.SetWriteDeadline(deadline(limit))
-	if single {
-		_, err := w.tcp.Write(a)
-		return err
+	w.io.writing = [3][]byte{a, b, c}
+	err := w.raw.Write(w.io.written)
+	w.io.writing = [3][]byte{}
+	return cmp.Or(err, w.io.writeErr)
+}
+
+// writeNow is writev(2), raw, as sendNow is. false: there is more than the socket takes now.
+func (w *wire) writeNow(fd uintptr) bool {
+	o := &w.io
+	o.writeErr = nil
+	for {
+		var pieces [3]unix.Iovec
+		n := 0
+		for _, p := range o.writing {
+			if len(p) > 0 {
+				pieces[n].Base = &p[0]
+				pieces[n].SetLen(len(p))
+				n++
+			}
+		}
+		if n == 0 {
+			return true
+		}
+		r, _, e := unix.RawSyscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&pieces)), uintptr(n))
+		switch e {
+		case 0:
+			o.wrote(int(r))
+		case unix.EAGAIN:
+			return false
+		case unix.EINTR:
+		default:
+			o.writeErr = os.NewSyscallError("writev", e)
+			return true
+		}
 	}
-	w.io.vec = [3][]byte{a, b, c}
-	w.io.vecs = w.io.vec[:]
-	_, err := w.io.vecs.WriteTo(w.tcp)
-	w.io.vec = [3][]byte{}
-	return err
+}
+
+func (o *wireIO) wrote(n int) {
+	for i, p := range o.writing {
+		part := min(n, len(p))
+		o.writing[i] = p[part:]
+		n -= part
+	}
 }
 
 func (w *wire) ask(limit time.Duration, p []byte) error {
@@ -624,77 +784,110 @@ func (o *bodyWriter) splice(b *body, beforeRead func()) (readErr, writeErr error
 	return nil, err
 }
 
-// run is flush and then, through a pipe that is held only while src is being read or bytes are in it, splice(2).
+// run moves messages through a buffer (pass) and a flow, of which more comes at once than a buffer holds, through a pipe. Either is
+// held only while there is something to move.
 func (m *move) run() (int64, error) {
-	n, err := m.flush(m.limit)
-	m.src.drop()
-	s := &splicer{move: m, total: n}
+	s := &splicer{move: m, flow: !m.endless()}
 	defer s.dropPipe()
 	in, out := s.in, s.out // stored: a method value would be allocated at each wait
+	s.push = s.pushNow
+	var err error
 	for s.total < m.limit && err == nil {
-		reading := s.held == 0
-		if reading {
+		reading := false
+		switch {
+		case m.src.buffered() > 0:
+			var n int64
+			n, err = m.flush(m.limit - s.total)
+			s.total += n
+		case s.held > 0:
+			m.armWrite()
+			err = m.dst.raw.Write(out)
+		default:
+			reading = true
+			m.src.drop()
 			if m.beforeRead != nil { // each time: a deadline may pass while there is always something to read, but dst is slow
 				m.beforeRead()
 			}
 			err = m.src.raw.Read(in)
-		} else {
-			m.armWrite()
-			err = m.dst.raw.Write(out)
 		}
 		if err == nil {
 			err, s.err = s.err, nil
-		}
-		if err == unix.EMFILE { // of takePipe
-			n, reading, err = m.copyOnce(m.limit - s.total)
-			s.total += n
 		}
 		if m.readFailed = reading && err != nil; m.readFailed && m.mayRetry(err) {
 			err = nil
 		}
 	}
-	return s.total, err
-}
-
-// copyOnce moves what one read gives through a buffer, where no descriptor is left for a pipe. reading tells which side failed.
-func (m *move) copyOnce(limit int64) (n int64, reading bool, err error) {
-	if err = m.src.fill(); err == io.EOF {
-		return 0, true, io.ErrUnexpectedEOF
-	} else if err != nil {
-		return 0, true, err
-	}
-	n, err = m.flush(limit)
 	if m.src.buffered() == 0 {
 		m.src.drop()
 	}
-	return n, false, err
+	return s.total, err
 }
+
+// endless tells a tunnel's bytes from a body's.
+func (m *move) endless() bool { return m.limit == math.MaxInt64 }
 
 // splicer is one run of a move.
 type splicer struct {
 	*move
 	pipe  *[2]int
-	held  int   // bytes in the pipe
-	total int64 // bytes moved
-	err   error // of the last splice(2)
+	held  int                // bytes in the pipe
+	last  int                // bytes that came into it last
+	total int64              // bytes moved
+	flow  bool               // src sends more at once than a buffer holds
+	err   error              // of the last call of in or out
+	push  func(uintptr) bool // pushNow
 }
 
-// in reads into the pipe; false asks to be called again when src is readable.
-func (s *splicer) in(fd uintptr) bool {
-	if s.err = s.takePipe(); s.err != nil {
+// pass moves a message that is here, with two system calls rather than three splices, of which the last finds nothing more;
+// false asks to be called again when src is readable. A read that did not fill its room found all there was. What dst does not take
+// at once is left to flush.
+func (s *splicer) pass(fd uintptr) bool {
+	w := s.src
+	if !w.readNow(fd) {
+		return false
+	}
+	if s.err = w.io.err; s.err != nil {
+		if s.err == io.EOF {
+			s.err = io.ErrUnexpectedEOF
+		}
 		return true
+	}
+	s.flow = w.w == len(w.buf) || !s.endless()
+	s.dst.raw.Write(s.push)
+	if w.buffered() > 0 || s.flow || !s.endless() { // each read of a body has its deadline
+		return true
+	}
+	w.drop()
+	return false
+}
+
+// pushNow sends what dst takes of what is buffered; an error is found again by flush.
+func (s *splicer) pushNow(fd uintptr) bool {
+	p := s.src.unused()
+	n := sendNow(int(fd), p[:min(int64(len(p)), s.limit-s.total)])
+	s.src.r += n
+	s.total += int64(n)
+	s.moved()
+	return true
+}
+
+// in reads into the pipe, or passes a message; false asks to be called again when src is readable.
+func (s *splicer) in(fd uintptr) bool {
+	if !s.flow || !s.takePipe() {
+		return s.pass(fd)
 	}
 	n, err := splice(int(fd), s.pipe[1], int(min(s.limit-s.total, pipeSize)))
 	switch {
 	case err == unix.EAGAIN:
 		s.dropPipe()
+		s.flow = s.last >= bufferSize || !s.endless()
 		return false
 	case err != nil:
 		s.err = os.NewSyscallError("splice", err)
 	case n == 0:
 		s.err = io.ErrUnexpectedEOF
 	}
-	s.held = n
+	s.held, s.last = n, n
 	return true
 }
 
@@ -721,10 +914,10 @@ func splice(from, to, most int) (int, error) {
 	}
 }
 
-// takePipe takes a pipe from the list or makes one.
-func (s *splicer) takePipe() error {
+// takePipe takes a pipe from the list or makes one; false: there is no descriptor left.
+func (s *splicer) takePipe() bool {
 	if s.pipe != nil {
-		return nil
+		return true
 	}
 	k := &s.src.srv.sockets
 	k.mu.Lock()
@@ -732,15 +925,15 @@ func (s *splicer) takePipe() error {
 	if n := len(k.pipes); n > 0 {
 		s.pipe = k.pipes[n-1]
 		k.pipes = k.pipes[:n-1]
-		return nil
+		return true
 	}
 	p := new([2]int)
-	if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
-		return unix.EMFILE // or ENFILE, or ENOMEM: it is all the same
+	if unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
+		return false
 	}
 	unix.FcntlInt(uintptr(p[1]), unix.F_SETPIPE_SZ, pipeSize) // past pipe-user-pages-soft the default stays
 	s.pipe = p
-	return nil
+	return true
 }
 
 // dropPipe gives an empty pipe back; one with bytes in it, or one too many, is closed. (A sync.Pool would leak descriptors.)

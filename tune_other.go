@@ -5,9 +5,11 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"syscall"
 	"time"
 )
@@ -17,8 +19,17 @@ const canReusePort = false
 type sockets struct{ deadPeer time.Duration }
 
 func (*sockets) listening(network, address string, c syscall.RawConn) error { return nil }
-func (*sockets) dialling(network, address string, c syscall.RawConn) error  { return nil }
 func (*sockets) close()                                                     {}
+
+type stream = *net.TCPConn
+
+func (s *server) dial(ctx context.Context, addr netip.AddrPort) (*upstream, error) {
+	conn, err := (&net.Dialer{KeepAlive: -1}).DialContext(ctx, "tcp", addr.String())
+	if err != nil {
+		return nil, err
+	}
+	return newUpstream(s, conn.(*net.TCPConn), addr), nil
+}
 
 func tuneKernel(*config, *slog.Logger) {}
 func openFiles() int                   { return 0 }
