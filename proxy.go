@@ -500,7 +500,7 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	s.admin = newAdmin(s)
 	s.buffers.New = func() any { return new([bufferSize]byte) }
 	s.exchanges.New = func() any {
-		x := &exchange{srv: s}
+		x := &exchange{summary: summary{srv: s}}
 		x.awaitClient, x.awaitOrigin = x.armClient, x.armOrigin
 		return x
 	}
@@ -1206,33 +1206,36 @@ type destination struct {
 	ip   netip.Addr // set where host is an address
 }
 
+// summary is what is told of an exchange when it ends, and all that a tunnel keeps of it.
+type summary struct {
+	srv               *server
+	c                 *client
+	start, end        time.Time
+	line              []byte // a copy of the request line
+	method, target    []byte // slices of line; target is what the origin gets: path and query, "*", for CONNECT nothing
+	dst               destination
+	connect, reused   bool        // the method is CONNECT; the upstream connection came from the pool
+	minor, status     int         // HTTP/1.minor of the request; what it was answered with
+	upBytes, downSize int64       // of the bodies or the tunnel
+	peer, trace       string      // the address it went to; traceparent's trace-id
+	closed            string      // why a tunnel ended
+	attrs             []slog.Attr // for the record
+}
+
 // exchange is one request and its answer. It belongs to the client's goroutine, and is pooled.
 type exchange struct {
-	srv        *server
-	c          *client
-	start, end time.Time
-
-	line, out, in []byte // copies: the request line, the head for the origin (kept for a retry), the head for the client
-	method, auth  []byte // slices of line; auth is host[:port] as the client wrote it, the Host field
-	target        []byte // slice of line: what the origin gets, path and query, "*", for CONNECT nothing
-	connect       bool
-	dst           destination
-	reused        bool      // the upstream connection came from the pool
-	onward        *upstream // where a tunnel is to lead: the 200 or 101 is on its way
-	peer          string    // the address it goes to
+	summary
+	out, in []byte    // heads: for the origin (kept for a retry), for the client
+	auth    []byte    // slice of line: host[:port] as the client wrote it, the Host field
+	onward  *upstream // where a tunnel is to lead: the 200 or 101 is on its way
 
 	req, resp         head
 	reqBody, respBody body
 	down              bodyWriter // sends respBody
 	failure           *failure   // why the request could not be read
-	status            int
-	begun             bool        // a byte of the final response is on its way
-	keep, lingers     bool        // the client connection serves another request; is closed with care, since unread bytes are about
-	truncated         bool        // the client is to be reset, since it could not tell otherwise
-	closed            string      // why a tunnel ended
-	upBytes           int64       // of the body or tunnel, from the client
-	trace             string      // traceparent's trace-id
-	attrs             []slog.Attr // for the record
+	begun             bool       // a byte of the final response is on its way
+	keep, lingers     bool       // the client connection serves another request; is closed with care, since unread bytes are about
+	truncated         bool       // the client is to be reset, since it could not tell otherwise
 
 	uploaded chan struct{} // closed when sendBody ends
 	sent     atomic.Bool   // it has sent all
@@ -1242,9 +1245,9 @@ type exchange struct {
 
 // begin makes x new, but for the memory it has.
 func (x *exchange) begin(c *client) {
-	*x = exchange{srv: x.srv, c: c, start: time.Now(), line: x.line[:0], dst: destination{key: x.dst.key[:0]}, out: x.out[:0], in: x.in[:0],
-		req: head{fields: x.req.fields, named: x.req.named}, resp: head{fields: x.resp.fields, named: x.resp.named},
-		awaitClient: x.awaitClient, awaitOrigin: x.awaitOrigin, attrs: x.attrs[:0]}
+	*x = exchange{summary: summary{srv: x.srv, c: c, start: time.Now(), line: x.line[:0], dst: destination{key: x.dst.key[:0]}, attrs: x.attrs[:0]},
+		out: x.out[:0], in: x.in[:0], req: head{fields: x.req.fields, named: x.req.named}, resp: head{fields: x.resp.fields, named: x.resp.named},
+		awaitClient: x.awaitClient, awaitOrigin: x.awaitOrigin}
 	x.req.reset(nil)
 }
 
@@ -1277,6 +1280,7 @@ func (x *exchange) conclude(f *failure) {
 	if x.end.IsZero() {
 		x.end = time.Now()
 	}
+	x.downSize = x.respBody.size
 	x.record(f)
 }
 
@@ -1290,7 +1294,8 @@ func (x *exchange) readRequest() *failure {
 		x.lingers = true
 		return x.clientFailure(err, "head", x.srv.cfg.HeaderTimeout, "SLUICE_HEADER_TIMEOUT")
 	}
-	x.keep = x.req.minor == 1 && !x.req.close // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
+	x.minor = x.req.minor
+	x.keep = x.minor == 1 && !x.req.close // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
 	x.reqBody.begin(&x.c.wire, &x.req, bodyLength, int64(x.srv.cfg.MaxRequestBody))
 	x.trace = traceID(string(x.req.trace))
 	return nil
@@ -1762,12 +1767,6 @@ func (up *upstream) close() {
 	up.srv.watcher.remove(&up.watch)
 	up.tcp.Close()
 	up.drop()
-}
-
-func newUpstream(s *server, conn stream, addr netip.AddrPort) *upstream {
-	up := &upstream{peer: addr.Addr().String()}
-	up.attach(s, conn)
-	return up
 }
 
 // burstGrace is how long connections are kept that are more than the limits allow. With 1,024 clients and one origin up to a
@@ -2251,7 +2250,7 @@ type body struct {
 	unfold  bool        // it is of a response, where obs-fold becomes a space
 	ended   atomic.Bool // nothing more is to be read of it
 	named   [][]byte    // what Connection named; of a chunked body
-	trailer head        // parsed when a chunked body is done
+	trailer []byte      // the field lines that follow a chunked body, as they are sent on
 }
 
 // begin reads a head's framing; other is what a body without any has.
@@ -2345,11 +2344,13 @@ func (b *body) chunkFraming(in []byte) (more bool, err error) {
 			err = faultChunk
 		}
 	case chunkTrailers:
-		if n, _, err = sectionEnd(in, 0); n > 0 {
-			b.trailer.reset(in[:n])
-			b.trailer.named = b.named
-			err = b.trailer.parseFields(0, nil, b.unfold)
-		} else if err == nil && len(in) > bufferSize {
+		if n, _, err = sectionEnd(in, 0); n > 2 {
+			var t head
+			t.reset(in[:n])
+			t.named = b.named
+			err = t.parseFields(0, nil, b.unfold)
+			b.trailer = t.appendKept(nil)
+		} else if n == 0 && err == nil && len(in) > bufferSize {
 			err = faultChunk
 		}
 	}
@@ -2417,8 +2418,7 @@ func (o *bodyWriter) write(data []byte, done bool, b *body) error {
 	}
 	out = append(out, after...)
 	if o.chunked && done {
-		out = b.trailer.appendKept(append(out, "0\r\n"...))
-		out = append(out, "\r\n"...)
+		out = append(append(append(out, "0\r\n"...), b.trailer...), "\r\n"...)
 	}
 	o.head = out[:0]
 	if len(data) == 0 {
@@ -2473,7 +2473,7 @@ const parkAfter = time.Second
 
 // tunnel carries bytes both ways, each direction by itself, until both have ended (RFC 9110, 9.3.6). Bytes in either keep both alive.
 type tunnel struct {
-	x        *exchange // owned by the tunnel, with the client's connection
+	x        summary // with the client's connection, which the tunnel owns, as it does up
 	up       *upstream
 	since    time.Time
 	last     atomic.Int64 // when a byte last moved, in ns after since
@@ -2519,11 +2519,12 @@ func (x *exchange) tunnel() *failure {
 
 // relay hands x, its client's connection and up over to a tunnel.
 func (x *exchange) relay(up *upstream) {
-	t := &tunnel{x: x, up: up, since: time.Now(), open: 2}
+	t := &tunnel{x: x.summary, up: up, since: time.Now(), open: 2}
+	t.x.peer, t.x.attrs = up.peer, nil
+	x.line, x.dst.key = nil, nil // t has them
 	c := x.c
 	t.onward = direction{t: t, dst: &up.wire, src: &c.wire, watch: &c.watch, closed: "client_closed"}
 	t.backward = direction{t: t, dst: &c.wire, src: &up.wire, watch: &up.watch, closed: "upstream_closed"}
-	x.peer, x.in, x.out, x.req.fields, x.resp.fields = up.peer, nil, nil, nil, nil // what the record does not need
 	c.over, c.detached = true, true
 	c.tcp.SetWriteDeadline(time.Time{}) // that of the answer, or of an earlier request
 	up.tcp.SetWriteDeadline(time.Time{})
@@ -2533,6 +2534,7 @@ func (x *exchange) relay(up *upstream) {
 	if c.track(nil, nil, t) {
 		t.end("drain")
 	}
+	c.srv.exchanges.Put(x)
 	go t.backward.carry()
 	t.onward.carry() // in the goroutine of client.serve
 }
@@ -2611,12 +2613,10 @@ func (t *tunnel) leave() {
 		return
 	}
 	t.timer.Stop()
-	x, c := t.x, t.x.c
-	x.upBytes, x.respBody.size, x.closed = t.onward.bytes, t.backward.bytes, t.reason
-	x.conclude(nil)
+	t.x.end, t.x.upBytes, t.x.downSize, t.x.closed = time.Now(), t.onward.bytes, t.backward.bytes, t.reason
+	t.x.record(nil)
 	t.up.close()
-	c.end()
-	c.srv.exchanges.Put(x)
+	t.x.c.end()
 }
 
 func (t *tunnel) touch() { t.last.Store(int64(time.Since(t.since))) }
@@ -2816,7 +2816,7 @@ func (l *logger) debug(msg string, client netip.Addr) {
 }
 
 // record writes the one record of an exchange: info when served or given up by the client, warn when refused or not possible.
-func (x *exchange) record(f *failure) {
+func (x *summary) record(f *failure) {
 	level, msg := slog.LevelInfo, "request"
 	if x.connect {
 		msg = "tunnel"
@@ -2833,7 +2833,7 @@ func (x *exchange) record(f *failure) {
 }
 
 // describe lists what a record tells of x.
-func (x *exchange) describe(f *failure) {
+func (x *summary) describe(f *failure) {
 	add := func(name, value string) {
 		if value != "" {
 			x.attrs = append(x.attrs, slog.String(name, value[:min(len(value), 1024)])) // some are a client's choice
@@ -2850,7 +2850,7 @@ func (x *exchange) describe(f *failure) {
 		}
 	}
 	if len(x.dst.host) > 0 {
-		x.attrs = append(x.attrs, slog.Int(logPort, int(x.dst.port)), slog.String(logVersion, "1."+strconv.Itoa(x.req.minor)))
+		x.attrs = append(x.attrs, slog.Int(logPort, int(x.dst.port)), slog.String(logVersion, "1."+strconv.Itoa(x.minor)))
 	}
 	if x.peer != "" {
 		x.attrs = append(x.attrs, slog.String(logPeer, x.peer), slog.Bool(logReused, x.reused))
@@ -2858,7 +2858,7 @@ func (x *exchange) describe(f *failure) {
 	if x.status != 0 {
 		x.attrs = append(x.attrs, slog.Int(logStatus, x.status))
 	}
-	x.attrs = append(x.attrs, slog.Int64(logUpSize, x.upBytes), slog.Int64(logDownSize, x.respBody.size),
+	x.attrs = append(x.attrs, slog.Int64(logUpSize, x.upBytes), slog.Int64(logDownSize, x.downSize),
 		slog.Float64(logDuration, milliseconds(x.end.Sub(x.start))))
 	if f != nil {
 		add(logType, f.token)

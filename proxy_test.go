@@ -5091,7 +5091,7 @@ func FuzzRequest(f *testing.F) {
 	s := &server{hop: []byte("fuzz\r\n"), cfg: config{MaxHeader: 64 << 10, BodyTimeout: patience}}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c := &client{wire: memoryWire(s, data)}
-		x := &exchange{srv: s}
+		x := &exchange{summary: summary{srv: s}}
 		x.begin(c)
 		if x.readRequest() != nil || x.connect || x.countsForwards() && x.req.forwards == 0 {
 			return
@@ -5153,7 +5153,7 @@ func FuzzResponse(f *testing.F) {
 		if err != nil {
 			return
 		}
-		x := &exchange{srv: s, method: []byte("GET"), keep: true}
+		x := &exchange{summary: summary{srv: s, method: []byte("GET")}, keep: true}
 		x.req.reset(nil)
 		x.reqBody.ended.Store(true)
 		x.awaitOrigin = func() {}
@@ -5421,6 +5421,7 @@ func BenchmarkRecord(b *testing.B) {
 			x.end, x.status, x.peer = time.Now(), 200, "192.0.2.1"
 			b.ReportAllocs()
 			for b.Loop() {
+				x.attrs = x.attrs[:0] // as begin does
 				x.record(nil)
 			}
 		})

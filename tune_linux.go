@@ -98,7 +98,9 @@ func (s *server) dial(ctx context.Context, addr netip.AddrPort) (*upstream, erro
 	if err != nil {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(addr), Err: cmp.Or(ctx.Err(), err)}
 	}
-	return newUpstream(s, k, addr), nil
+	up := &upstream{peer: addr.Addr().String()}
+	up.attach(s, k)
+	return up, nil
 }
 
 // connect connects until ctx ends.

@@ -28,7 +28,9 @@ func (s *server) dial(ctx context.Context, addr netip.AddrPort) (*upstream, erro
 	if err != nil {
 		return nil, err
 	}
-	return newUpstream(s, conn.(*net.TCPConn), addr), nil
+	up := &upstream{peer: addr.Addr().String()}
+	up.attach(s, conn.(*net.TCPConn))
+	return up, nil
 }
 
 func tuneKernel(*config, *slog.Logger) {}
