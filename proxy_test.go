@@ -3634,6 +3634,29 @@ func TestTunnelEnds(t *testing.T) {
 	})
 }
 
+// TestEndedTunnelsHoldNothing: thousands of tunnels a second begin and end in good order, so none may leave something behind for long.
+func TestEndedTunnelsHoldNothing(t *testing.T) {
+	p, o := startProxy(t, "LOG_SAMPLE=info=0,debug=0"), startOrigin(t)
+	inUse := func(tunnels int) int64 {
+		for range tunnels {
+			c, up := p.openTunnel(t, o)
+			c.CloseWrite()
+			up.wantsEnd()
+			up.Close()
+			c.wantsEnd()
+			c.Close()
+		}
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	before := inUse(50)
+	if grown := inUse(300) - before; grown > 750<<10 { // the test's own ends are 400 kB of that
+		t.Errorf("300 tunnels that have ended hold %d bytes", grown)
+	}
+}
+
 // TestMessagesAndFlows: what comes little at a time passes through a buffer, more through a pipe, and either may find the receiver full.
 func TestMessagesAndFlows(t *testing.T) {
 	p, o := startProxy(t), startOrigin(t)

@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -31,7 +32,7 @@ import (
 
 const canReusePort = true
 
-// sockets sets options on sockets before they listen or connect.
+// sockets makes connections, sets options on sockets before they listen or connect, and keeps pipes.
 type sockets struct {
 	deadPeer time.Duration
 
@@ -134,7 +135,7 @@ func (k *socket) connect(to *sockaddr) error {
 		if e == 0 && to.metBy(fd) {
 			e = unix.ECONNREFUSED
 		}
-		return e != unix.EINPROGRESS && e != unix.EALREADY
+		return e != unix.EINPROGRESS && e != unix.EALREADY && e != unix.EINTR
 	})
 	if err == nil && e != 0 {
 		err = os.NewSyscallError("connect", e)
@@ -143,17 +144,18 @@ func (k *socket) connect(to *sockaddr) error {
 }
 
 // sockaddr has the layout of struct sockaddr_in6, the beginning of which is also that of sockaddr_in but for the place of the
-// address (ip(7), ipv6(7)). port and what follows are in network byte order, scope is not.
+// address (ip(7), ipv6(7)).
 type sockaddr struct {
-	family, port uint16
-	address4     [4]byte // flow information in IPv6
-	address6     [16]byte
-	scope        uint32
+	family   uint16
+	port     [2]byte // in network byte order
+	address4 [4]byte // flow information in IPv6
+	address6 [16]byte
+	scope    uint32
 }
 
 func newSockaddr(addr netip.AddrPort) *sockaddr {
-	a := &sockaddr{family: unix.AF_INET, port: addr.Port()<<8 | addr.Port()>>8}
-	ip := addr.Addr()
+	a, ip := &sockaddr{family: unix.AF_INET}, addr.Addr()
+	binary.BigEndian.PutUint16(a.port[:], addr.Port())
 	if ip.Is4() {
 		a.address4 = ip.As4()
 		return a
@@ -177,7 +179,7 @@ func (a *sockaddr) size() uintptr {
 // metBy reports whether a socket has connected to itself: on a closed port of this host that was given to it as its own
 // (RFC 9293, 3.5, simultaneous open). Given ports are 1024 and up.
 func (a *sockaddr) metBy(fd uintptr) bool {
-	if a.port<<8|a.port>>8 < 1024 {
+	if binary.BigEndian.Uint16(a.port[:]) < 1024 {
 		return false
 	}
 	var own sockaddr
@@ -692,7 +694,7 @@ type hangupListener interface{ hungUp(reset bool) }
 func (c *client) hungUp(reset bool) {
 	c.mu.Lock()
 	c.gone = true
-	if !reset {
+	if !reset && c.tunnel == nil {
 		c.graceLocked()
 	}
 	c.mu.Unlock()
@@ -860,9 +862,9 @@ func (s *splicer) pass(fd uintptr) bool {
 		}
 		return true
 	}
-	s.flow = w.w == len(w.buf) || !s.endless()
+	s.flow = w.w == len(w.buf) || !s.endless() // each read of a body has its deadline
 	s.dst.raw.Write(s.push)
-	if w.buffered() > 0 || s.flow || !s.endless() { // each read of a body has its deadline
+	if w.buffered() > 0 || s.flow {
 		return true
 	}
 	w.drop()

@@ -1,9 +1,14 @@
--- Makes wrk speak to a forward proxy: wrk -s absolute.lua http://PROXY -- http://ORIGIN/PATH
+-- Makes wrk speak to a forward proxy: wrk -s absolute.lua http://PROXY -- http://ORIGIN/PATH [LEAST MOST]
 --
 -- The request line carries the whole URL. There is no request() function on purpose: without one wrk formats the request once
 -- and sends the same bytes each time, so that the load costs as little as it can on the core that it shares with the origin.
 
+-- A second and third argument are the least and most milliseconds that each client waits before its next request.
 function init(args)
+   if args[3] then
+      local least, most = tonumber(args[2]), tonumber(args[3])
+      delay = function() return math.random(least, most) end
+   end
    wrk.path = args[1]
    wrk.headers["Host"] = args[1]:match("^http://([^/]+)")
    wrk.headers["User-Agent"] = "wrk"
