@@ -681,6 +681,7 @@ func giveBack(cycles uint64) uint64 {
 	metrics.Read(m)
 	spare := int64(m[1].Value.Uint64()+m[2].Value.Uint64()) - int64(runtime.NumGoroutine())*8<<10
 	if m[0].Value.Uint64() == cycles && spare > int64(2<<20+m[3].Value.Uint64()/4) {
+		runtime.GC() // what a sync.Pool holds outlives one collection
 		debug.FreeOSMemory()
 		metrics.Read(m)
 	}
