@@ -3634,6 +3634,28 @@ func TestTunnelEnds(t *testing.T) {
 	})
 }
 
+// TestEndWithLastBytes: an end that comes together with bytes, of which the kernel tells once, is passed on as soon as they are.
+func TestEndWithLastBytes(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	for i := range 40 {
+		c, up := p.openTunnel(t, o)
+		from, to := c, up
+		if i%2 == 1 {
+			from, to = up, c
+		}
+		begun := time.Now()
+		from.send("goodbye")
+		from.CloseWrite()
+		to.wants("goodbye")
+		to.wantsEnd()
+		if took := time.Since(begun); took > 500*time.Millisecond {
+			t.Errorf("tunnel %d: the end came after %v", i, took)
+		}
+		c.Close()
+		up.Close()
+	}
+}
+
 // TestEndedTunnelsHoldNothing: thousands of tunnels a second begin and end in good order, so none may leave something behind for long.
 func TestEndedTunnelsHoldNothing(t *testing.T) {
 	p, o := startProxy(t, "LOG_SAMPLE=info=0,debug=0"), startOrigin(t)

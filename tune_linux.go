@@ -849,26 +849,24 @@ type splicer struct {
 	push  func(uintptr) bool // pushNow
 }
 
-// pass moves a message that is here, with two system calls rather than three splices, of which the last finds nothing more;
-// false asks to be called again when src is readable. A read that did not fill its room found all there was. What dst does not take
-// at once is left to flush.
+// pass moves messages that are here; false asks to be called again when src is readable. It reads until there is nothing, also after
+// a read that did not fill its room: an end that came with the last bytes is told of by no further call. What dst does not take at
+// once is left to flush.
 func (s *splicer) pass(fd uintptr) bool {
 	w := s.src
-	if !w.readNow(fd) {
-		return false
-	}
-	if s.err = w.io.err; s.err != nil {
-		if s.err == io.EOF {
-			s.err = io.ErrUnexpectedEOF
+	for w.readNow(fd) {
+		if s.err = w.io.err; s.err != nil {
+			if s.err == io.EOF {
+				s.err = io.ErrUnexpectedEOF
+			}
+			return true
 		}
-		return true
+		s.flow = w.w == len(w.buf) || !s.endless() // each read of a body has its deadline
+		s.dst.raw.Write(s.push)
+		if w.buffered() > 0 || s.flow {
+			return true
+		}
 	}
-	s.flow = w.w == len(w.buf) || !s.endless() // each read of a body has its deadline
-	s.dst.raw.Write(s.push)
-	if w.buffered() > 0 || s.flow {
-		return true
-	}
-	w.drop()
 	return false
 }
 
