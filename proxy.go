@@ -1280,7 +1280,7 @@ func (x *exchange) conclude(f *failure) {
 	if x.end.IsZero() {
 		x.end = time.Now()
 	}
-	x.downSize = x.respBody.size
+	x.minor, x.downSize = x.req.minor, x.respBody.size
 	x.record(f)
 }
 
@@ -1294,8 +1294,7 @@ func (x *exchange) readRequest() *failure {
 		x.lingers = true
 		return x.clientFailure(err, "head", x.srv.cfg.HeaderTimeout, "SLUICE_HEADER_TIMEOUT")
 	}
-	x.minor = x.req.minor
-	x.keep = x.minor == 1 && !x.req.close // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
+	x.keep = x.req.minor == 1 && !x.req.close // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
 	x.reqBody.begin(&x.c.wire, &x.req, bodyLength, int64(x.srv.cfg.MaxRequestBody))
 	x.trace = traceID(string(x.req.trace))
 	return nil
@@ -2520,7 +2519,7 @@ func (x *exchange) tunnel() *failure {
 // relay hands x, its client's connection and up over to a tunnel.
 func (x *exchange) relay(up *upstream) {
 	t := &tunnel{x: x.summary, up: up, since: time.Now(), open: 2}
-	t.x.peer, t.x.attrs = up.peer, nil
+	t.x.peer, t.x.minor, t.x.attrs = up.peer, x.req.minor, nil
 	x.line, x.dst.key = nil, nil // t has them
 	c := x.c
 	t.onward = direction{t: t, dst: &up.wire, src: &c.wire, watch: &c.watch, closed: "client_closed"}

@@ -4396,6 +4396,15 @@ func TestProxyStatusIsASCII(t *testing.T) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Logs
 
+// TestRecordOfMalformedRequest tells what was read before the fault.
+func TestRecordOfMalformedRequest(t *testing.T) {
+	p := startProxy(t)
+	c := p.dial(t)
+	c.send("GET http://origin.test/ HTTP/1.1\r\nHost: a b\r\n\r\n")
+	c.wantsRefusal("GET", 400, "http_request_error", "Host is invalid")
+	wantsFields(t, p.log.await(t, "request", 1), map[string]any{"server.address": "origin.test", "network.protocol.version": "1.1"})
+}
+
 func TestRecords(t *testing.T) {
 	origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
 		n, _ := io.Copy(io.Discard, r.Body)
