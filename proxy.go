@@ -9,7 +9,7 @@
 //	  → admit: port, host, loops → answer a refusal, or
 //	  → forward: a pooled connection, or resolve → judge every address → dial the allowed ones → pool
 //	      → write the head re-made from slices of the old one → response head → body moved, not held → log
-//	  → CONNECT: resolve, judge, dial → 200 → one goroutine per direction moves bytes in the kernel → log
+//	  → CONNECT: resolve, judge, dial → 200 → relay both ways in the kernel → log
 //
 // Contents, as data flows: Entry · Configuration · Server · Clients · Wires and buffers · Heads · Requests · Policy ·
 // Names and dialling · Pool · Forwarding · Bodies · Tunnels · Answers · Logs · Admin · Platform contract (tune_linux.go, tune_other.go).
@@ -2430,72 +2430,8 @@ func (o *bodyWriter) write(data []byte, done bool, b *body) error {
 	return o.dst.write(o.limit, out[:before], data, out[before:])
 }
 
-// move is one transfer of bytes from a wire to another; run does it.
-type move struct {
-	dst, src   *wire
-	limit      int64         // most bytes to move
-	beforeRead func()        // called before each wait, to set its deadline; nil = there is none, or it is set by others
-	patience   time.Duration // for each piece to be taken by dst, 0 = any
-	moved      func()        // called when bytes have moved
-	readFailed bool          // set when the error is that of src
-}
-
-// mayRetry reports whether what err stopped is to be tried again, since the deadline was not that of beforeRead.
-func (m *move) mayRetry(err error) bool {
-	return m.beforeRead != nil && errors.Is(err, os.ErrDeadlineExceeded) && m.src.firedEarly()
-}
-
-func (m *move) armWrite() {
-	if m.patience > 0 {
-		m.dst.tcp.SetWriteDeadline(deadline(m.patience))
-	}
-}
-
-// flush moves what is buffered of src, up to limit bytes.
-func (m *move) flush(limit int64) (int64, error) {
-	piece := m.src.take(limit)
-	if len(piece) == 0 {
-		return 0, nil
-	}
-	m.armWrite()
-	n, err := m.dst.tcp.Write(piece)
-	m.moved()
-	return int64(n), err
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Tunnels
-
-// parkAfter is how long a client or a direction of a tunnel waits for bytes in a goroutine of its own. After that the watcher
-// waits for it: a goroutine holds 4 to 8 kB for its stack, and many connections are idle for minutes.
-const parkAfter = time.Second
-
-// tunnel carries bytes both ways, each direction by itself, until both have ended (RFC 9110, 9.3.6). Bytes in either keep both alive.
-type tunnel struct {
-	x        summary // with the client's connection, which the tunnel owns, as it does up
-	up       *upstream
-	since    time.Time
-	last     atomic.Int64 // when a byte last moved, in ns after since
-	half     atomic.Bool  // one side has closed
-	onward   direction    // to the origin
-	backward direction    // to the client
-
-	mu     sync.Mutex  // guards what follows
-	timer  *time.Timer // runs tick
-	open   int         // directions that have not ended
-	reason string      // why it ended, or which side closed first
-	ended  bool
-}
-
-// direction is carried by a goroutine, or parked: the watcher will wake it.
-type direction struct {
-	t        *tunnel
-	dst, src *wire
-	watch    *watched // of src
-	closed   string   // the reason when src closes
-	bytes    int64    // owned by carry
-	parked   bool     // guarded by tunnel.mu
-}
 
 // tunnel serves a CONNECT request up to the 200.
 func (x *exchange) tunnel() *failure {
@@ -2516,144 +2452,14 @@ func (x *exchange) tunnel() *failure {
 	return nil
 }
 
-// relay hands x, its client's connection and up over to a tunnel.
-func (x *exchange) relay(up *upstream) {
-	t := &tunnel{x: x.summary, up: up, since: time.Now(), open: 2}
-	t.x.peer, t.x.minor, t.x.attrs = up.peer, x.req.minor, nil
-	x.line, x.dst.key = nil, nil // t has them
-	c := x.c
-	t.onward = direction{t: t, dst: &up.wire, src: &c.wire, watch: &c.watch, closed: "client_closed"}
-	t.backward = direction{t: t, dst: &c.wire, src: &up.wire, watch: &up.watch, closed: "upstream_closed"}
-	c.over, c.detached = true, true
-	c.tcp.SetWriteDeadline(time.Time{}) // that of the answer, or of an earlier request
-	up.tcp.SetWriteDeadline(time.Time{})
-	t.mu.Lock()
-	t.timer = time.AfterFunc(parkAfter, t.tick)
-	t.mu.Unlock()
-	if c.track(nil, nil, t) {
-		t.end("drain")
+// tunnelEnd is when a tunnel ends that was opened at since, if no byte moves after last, and why. half = one side has closed.
+func (c *config) tunnelEnd(since, last time.Time, half bool) (at time.Time, reason string) {
+	patience, reason := c.TunnelIdleTimeout, "idle_timeout"
+	if half {
+		patience, reason = c.TunnelHalfCloseTimeout, "half_close_timeout"
 	}
-	c.srv.exchanges.Put(x)
-	go t.backward.carry()
-	t.onward.carry() // in the goroutine of client.serve
-}
-
-// carry moves bytes until src has been idle for a while, or ends: that is passed on.
-func (d *direction) carry() {
-	defer func() {
-		if p := recover(); p != nil { // ends this tunnel alone
-			d.t.x.srv.logPanic(p)
-			d.t.end("internal_error")
-			d.t.leave()
-		}
-	}()
-	for {
-		m := move{dst: d.dst, src: d.src, limit: math.MaxInt64, moved: d.t.touch}
-		n, err := m.run()
-		d.bytes += n
-		if !m.readFailed || !errors.Is(err, os.ErrDeadlineExceeded) {
-			d.over(err)
-			return
-		}
-		d.src.tcp.SetReadDeadline(time.Time{}) // tick found it idle
-		if d.park() {
-			return
-		}
-	}
-}
-
-// over ends the direction.
-func (d *direction) over(err error) {
-	t := d.t
-	if err == io.ErrUnexpectedEOF {
-		t.mu.Lock()
-		t.reason = cmp.Or(t.reason, d.closed)
-		t.mu.Unlock()
-		t.touch()
-		t.half.Store(true)
-		if d.dst.tcp.CloseWrite() != nil {
-			t.end(d.closed)
-		}
-		t.tick() // the other direction has less patience now
-	} else { // passed on as what it is: neither side shall take what it got for everything
-		d.src.tcp.SetLinger(0)
-		d.dst.tcp.SetLinger(0)
-		t.end("connection_error")
-	}
-	t.leave()
-}
-
-// end ends the tunnel; the first reason to do so stays.
-func (t *tunnel) end(reason string) {
-	t.mu.Lock()
-	if t.ended {
-		t.mu.Unlock()
-		return
-	}
-	t.ended, t.reason = true, reason
-	t.mu.Unlock()
-	t.up.tcp.Close()
-	t.x.c.tcp.Close()
-	for _, d := range []*direction{&t.onward, &t.backward} {
-		if d.unpark() {
-			t.leave()
-		}
-	}
-}
-
-// leave takes note that a direction has ended. With the second the tunnel is over.
-func (t *tunnel) leave() {
-	t.mu.Lock()
-	t.open--
-	over := t.open == 0
-	t.ended = t.ended || over
-	t.mu.Unlock()
-	if !over {
-		return
-	}
-	t.timer.Stop()
-	t.x.end, t.x.upBytes, t.x.downSize, t.x.closed = time.Now(), t.onward.bytes, t.backward.bytes, t.reason
-	t.x.record(nil)
-	t.up.close()
-	t.x.c.end()
-}
-
-func (t *tunnel) touch() { t.last.Store(int64(time.Since(t.since))) }
-
-// tick ends a tunnel whose time is over, and has directions park that wait in vain.
-func (t *tunnel) tick() {
-	now := time.Now()
-	at, reason := t.deadline()
-	if !now.Before(at) {
-		t.end(reason)
-		return
-	}
-	quiet := now.Sub(t.since)-time.Duration(t.last.Load()) >= parkAfter
-	next := at.Sub(now)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, d := range []*direction{&t.onward, &t.backward} {
-		if !d.parked {
-			next = min(next, parkAfter)
-		}
-		if !d.parked && quiet {
-			d.src.tcp.SetReadDeadline(time.Unix(1, 0))
-		}
-	}
-	if !t.ended {
-		t.timer.Reset(next)
-	}
-}
-
-// deadline is when the tunnel ends if no byte moves, and why.
-func (t *tunnel) deadline() (at time.Time, reason string) {
-	cfg := &t.x.srv.cfg
-	patience, reason := cfg.TunnelIdleTimeout, "idle_timeout"
-	if t.half.Load() {
-		patience, reason = cfg.TunnelHalfCloseTimeout, "half_close_timeout"
-	}
-	at = t.since.Add(time.Duration(t.last.Load()) + cmp.Or(patience, never))
-	if end := t.since.Add(cmp.Or(cfg.TunnelMaxAge, never)); end.Before(at) {
+	at = last.Add(cmp.Or(patience, never))
+	if end := since.Add(cmp.Or(c.TunnelMaxAge, never)); end.Before(at) {
 		at, reason = end, "max_age"
 	}
 	return at, reason
@@ -2982,7 +2788,7 @@ func askHealth(environ []string) error {
 //	watcher, watched             after add(&watched, raw, owner) of a client or upstream, run calls owner.hungUp when its peer has
 //	                             hung up, perhaps more than once, until remove; elsewhere never
 //	(*client).graceLocked        has a client abandoned whose sending side is closed, unless it takes what it is sent; elsewhere not
-//	isQuiet(raw) bool            whether a connection at rest has neither bytes nor an end to be read; elsewhere always true
+//	isQuiet(raw) bool            whether a connection at rest has neither bytes nor an end to be read; false where that cannot be told
 //	wireIO                       what a wire needs for these:
 //	(*wire).fill                 reads once, into what room there is or is made; an error only when nothing was read
 //	(*wire).readWithin           sets the time for the next bytes, as readBy does, from a given one on. It may fire early
@@ -2992,7 +2798,8 @@ func askHealth(environ []string) error {
 //	(*client).await              waits for a request, holding no buffer, and may serve those that need nothing more from the client;
 //	                             more = there is one to be read, or left. After parkAfter it may have the watcher call serve when
 //	                             there is something to read: parked, until unpark returns true
-//	(*direction).park            has the watcher call carry then, until unpark returns true; false where that cannot be
-//	(*move).run                  moves bytes until the limit is reached (nil), src ends (io.ErrUnexpectedEOF) or a side fails, and
-//	                             returns how many; on Linux in the kernel, holding nothing while it waits for src
+//	tunnel                       carries bytes both ways until both have ended (RFC 9110, 9.3.6), passing half-closes on; bytes in
+//	                             either direction keep both alive
+//	(*exchange).relay(up)        hands the exchange, its client's connection and up over to a tunnel, perhaps until that has ended
+//	(*tunnel).end(reason)        ends it; the first reason to do so stays
 //	(*bodyWriter).splice         moves the rest of a body so, or nothing

@@ -1,3 +1,5 @@
+//go:build !portable
+
 // What only Linux can do, by system calls and /proc alone: SO_REUSEPORT, the descriptor limit, sysctls, hang-ups by epoll,
 // splice(2). What each function promises stands in proxy.go, "Platform contract".
 package main
@@ -20,6 +22,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -414,6 +417,10 @@ func (w *wire) readNow(fd uintptr) bool {
 	return true
 }
 
+// parkAfter is how long a client or a direction of a tunnel waits for bytes in a goroutine of its own. After that the watcher
+// waits for it: a goroutine holds 4 to 8 kB for its stack, and many connections are idle for minutes.
+const parkAfter = time.Second
+
 func (c *client) await() (more, parked bool) {
 	if c.io.served == nil {
 		c.io.served = c.serveNow
@@ -740,7 +747,164 @@ func (up *upstream) hungUp(bool) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Parked tunnels
+// Tunnels
+
+// tunnel carries bytes both ways, each direction by itself, until both have ended (RFC 9110, 9.3.6). Bytes in either keep both alive.
+type tunnel struct {
+	x        summary // with the client's connection, which the tunnel owns, as it does up
+	up       *upstream
+	since    time.Time
+	last     atomic.Int64 // when a byte last moved, in ns after since
+	half     atomic.Bool  // one side has closed
+	onward   direction    // to the origin
+	backward direction    // to the client
+
+	mu     sync.Mutex  // guards what follows
+	timer  *time.Timer // runs tick
+	open   int         // directions that have not ended
+	reason string      // why it ended, or which side closed first
+	ended  bool
+}
+
+// direction is carried by a goroutine, or parked: the watcher will wake it.
+type direction struct {
+	t        *tunnel
+	dst, src *wire
+	watch    *watched // of src
+	closed   string   // the reason when src closes
+	bytes    int64    // owned by carry
+	parked   bool     // guarded by tunnel.mu
+}
+
+// relay hands x, its client's connection and up over to a tunnel.
+func (x *exchange) relay(up *upstream) {
+	t := &tunnel{x: x.summary, up: up, since: time.Now(), open: 2}
+	t.x.peer, t.x.minor, t.x.attrs = up.peer, x.req.minor, nil
+	x.line, x.dst.key = nil, nil // t has them
+	c := x.c
+	t.onward = direction{t: t, dst: &up.wire, src: &c.wire, watch: &c.watch, closed: "client_closed"}
+	t.backward = direction{t: t, dst: &c.wire, src: &up.wire, watch: &up.watch, closed: "upstream_closed"}
+	c.over, c.detached = true, true
+	c.tcp.SetWriteDeadline(time.Time{}) // that of the answer, or of an earlier request
+	up.tcp.SetWriteDeadline(time.Time{})
+	t.mu.Lock()
+	t.timer = time.AfterFunc(parkAfter, t.tick)
+	t.mu.Unlock()
+	if c.track(nil, nil, t) {
+		t.end("drain")
+	}
+	c.srv.exchanges.Put(x)
+	go t.backward.carry()
+	t.onward.carry() // in the goroutine of client.serve
+}
+
+// carry moves bytes until src has been idle for a while, or ends: that is passed on.
+func (d *direction) carry() {
+	defer func() {
+		if p := recover(); p != nil { // ends this tunnel alone
+			d.t.x.srv.logPanic(p)
+			d.t.end("internal_error")
+			d.t.leave()
+		}
+	}()
+	for {
+		m := move{dst: d.dst, src: d.src, limit: math.MaxInt64, moved: d.t.touch}
+		n, err := m.run()
+		d.bytes += n
+		if !m.readFailed || !errors.Is(err, os.ErrDeadlineExceeded) {
+			d.over(err)
+			return
+		}
+		d.src.tcp.SetReadDeadline(time.Time{}) // tick found it idle
+		if d.park() {
+			return
+		}
+	}
+}
+
+// over ends the direction.
+func (d *direction) over(err error) {
+	t := d.t
+	if err == io.ErrUnexpectedEOF {
+		t.mu.Lock()
+		t.reason = cmp.Or(t.reason, d.closed)
+		t.mu.Unlock()
+		t.touch()
+		t.half.Store(true)
+		if d.dst.tcp.CloseWrite() != nil {
+			t.end(d.closed)
+		}
+		t.tick() // the other direction has less patience now
+	} else { // passed on as what it is: neither side shall take what it got for everything
+		d.src.tcp.SetLinger(0)
+		d.dst.tcp.SetLinger(0)
+		t.end("connection_error")
+	}
+	t.leave()
+}
+
+// end ends the tunnel; the first reason to do so stays.
+func (t *tunnel) end(reason string) {
+	t.mu.Lock()
+	if t.ended {
+		t.mu.Unlock()
+		return
+	}
+	t.ended, t.reason = true, reason
+	t.mu.Unlock()
+	t.up.tcp.Close()
+	t.x.c.tcp.Close()
+	for _, d := range []*direction{&t.onward, &t.backward} {
+		if d.unpark() {
+			t.leave()
+		}
+	}
+}
+
+// leave takes note that a direction has ended. With the second the tunnel is over.
+func (t *tunnel) leave() {
+	t.mu.Lock()
+	t.open--
+	over := t.open == 0
+	t.ended = t.ended || over
+	t.mu.Unlock()
+	if !over {
+		return
+	}
+	t.timer.Stop()
+	t.x.end, t.x.upBytes, t.x.downSize, t.x.closed = time.Now(), t.onward.bytes, t.backward.bytes, t.reason
+	t.x.record(nil)
+	t.up.close()
+	t.x.c.end()
+}
+
+func (t *tunnel) touch() { t.last.Store(int64(time.Since(t.since))) }
+
+// tick ends a tunnel whose time is over, and has directions park that wait in vain.
+func (t *tunnel) tick() {
+	now := time.Now()
+	last := time.Duration(t.last.Load())
+	at, reason := t.x.srv.cfg.tunnelEnd(t.since, t.since.Add(last), t.half.Load())
+	if !now.Before(at) {
+		t.end(reason)
+		return
+	}
+	quiet := now.Sub(t.since)-last >= parkAfter
+	next := at.Sub(now)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, d := range []*direction{&t.onward, &t.backward} {
+		if !d.parked {
+			next = min(next, parkAfter)
+		}
+		if !d.parked && quiet {
+			d.src.tcp.SetReadDeadline(time.Unix(1, 0))
+		}
+	}
+	if !t.ended {
+		t.timer.Reset(next)
+	}
+}
 
 func (d *direction) park() bool {
 	t := d.t
@@ -783,6 +947,39 @@ const (
 	pipeSize   = 1 << 20
 	largePipes = 32
 )
+
+// move is one transfer of bytes from a wire to another; run does it.
+type move struct {
+	dst, src   *wire
+	limit      int64         // most bytes to move
+	beforeRead func()        // called before each wait, to set its deadline; nil = there is none, or it is set by others
+	patience   time.Duration // for each piece to be taken by dst, 0 = any
+	moved      func()        // called when bytes have moved
+	readFailed bool          // set when the error is that of src
+}
+
+// mayRetry reports whether what err stopped is to be tried again, since the deadline was not that of beforeRead.
+func (m *move) mayRetry(err error) bool {
+	return m.beforeRead != nil && errors.Is(err, os.ErrDeadlineExceeded) && m.src.firedEarly()
+}
+
+func (m *move) armWrite() {
+	if m.patience > 0 {
+		m.dst.tcp.SetWriteDeadline(deadline(m.patience))
+	}
+}
+
+// flush moves what is buffered of src, up to limit bytes.
+func (m *move) flush(limit int64) (int64, error) {
+	piece := m.src.take(limit)
+	if len(piece) == 0 {
+		return 0, nil
+	}
+	m.armWrite()
+	n, err := m.dst.tcp.Write(piece)
+	m.moved()
+	return int64(n), err
+}
 
 func (o *bodyWriter) splice(b *body, beforeRead func()) (readErr, writeErr error) {
 	m := move{dst: o.dst, src: b.w, limit: b.left, beforeRead: beforeRead, patience: o.limit, moved: func() {}}

@@ -1,4 +1,4 @@
-//go:build !linux
+//go:build !linux || portable
 
 // The platform contract of proxy.go where the kernel is not Linux: portable, or without effect.
 package main
@@ -8,8 +8,10 @@ import (
 	"context"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -45,11 +47,9 @@ func (*watcher) remove(*watched)                    {}
 func (*watcher) run()                               {}
 func (*watcher) close()                             {}
 
-func isQuiet(syscall.RawConn) bool { return true }
+func isQuiet(syscall.RawConn) bool { return false } // it cannot be told: an older connection is not used again
 func (*client) graceLocked()       {}
 func (*client) unpark() bool       { return false }
-func (*direction) park() bool      { return false }
-func (*direction) unpark() bool    { return false }
 
 type wireIO struct{}
 
@@ -102,23 +102,123 @@ func (c *client) await() (more, parked bool) {
 
 func (*bodyWriter) splice(*body, func()) (readErr, writeErr error) { return nil, nil }
 
-func (m *move) run() (total int64, err error) {
-	for total < m.limit && err == nil {
-		if m.src.buffered() == 0 {
-			if m.beforeRead != nil {
-				m.beforeRead()
-			}
-			if err = m.src.fill(); m.mayRetry(err) {
-				err = nil
-				continue
-			} else if err == io.EOF {
-				err = io.ErrUnexpectedEOF
-			}
-			m.readFailed = err != nil
-		}
-		n, failed := m.flush(m.limit - total)
-		total += n
-		err = cmp.Or(err, failed)
+// tunnel is carried by a goroutine and a buffer per direction.
+type tunnel struct {
+	x     summary // with the client's connection, which the tunnel owns, as it does up
+	up    *upstream
+	since time.Time
+
+	mu     sync.Mutex  // guards what follows
+	timer  *time.Timer // runs tick
+	last   time.Time   // when a byte last moved
+	half   bool        // one side has closed
+	reason string      // why it ended, or which side closed first
+	ended  bool
+}
+
+func (x *exchange) relay(up *upstream) {
+	now := time.Now()
+	t := &tunnel{x: x.summary, up: up, since: now, last: now}
+	t.x.peer, t.x.minor, t.x.attrs = up.peer, x.req.minor, nil
+	x.line, x.dst.key = nil, nil // t has them
+	c := x.c
+	c.over, c.detached = true, true
+	c.tcp.SetDeadline(time.Time{}) // those of the answer, or of an earlier request
+	up.tcp.SetDeadline(time.Time{})
+	if c.track(nil, nil, t) {
+		t.end("drain")
 	}
-	return total, err
+	c.srv.exchanges.Put(x)
+	t.mu.Lock()
+	t.timer = time.AfterFunc(0, t.tick)
+	t.mu.Unlock()
+	var down sync.WaitGroup
+	down.Go(func() { t.x.downSize = t.carry(&c.wire, &up.wire, "upstream_closed") })
+	t.x.upBytes = t.carry(&up.wire, &c.wire, "client_closed")
+	down.Wait()
+	t.mu.Lock()
+	t.ended = true
+	t.timer.Stop()
+	t.x.end, t.x.closed = time.Now(), t.reason
+	t.mu.Unlock()
+	t.x.record(nil)
+	up.close()
+	c.end()
+}
+
+// carry moves bytes until src ends, which is passed on; closed is the reason then.
+func (t *tunnel) carry(dst, src *wire, closed string) (total int64) {
+	defer func() {
+		if p := recover(); p != nil { // ends this tunnel alone
+			t.x.srv.logPanic(p)
+			t.end("internal_error")
+		}
+	}()
+	for {
+		if src.buffered() == 0 {
+			if err := src.fill(); err == io.EOF {
+				if dst.tcp.CloseWrite() != nil {
+					t.end(closed)
+				}
+				t.note(closed)
+				return total
+			} else if err != nil {
+				t.fail()
+				return total
+			}
+		}
+		p := src.take(math.MaxInt64)
+		n, err := dst.tcp.Write(p)
+		if total += int64(n); err != nil {
+			t.fail()
+			return total
+		}
+		t.note("")
+	}
+}
+
+// note takes note that bytes have moved, or that a side has closed.
+func (t *tunnel) note(closed string) {
+	t.mu.Lock()
+	t.last, t.half, t.reason = time.Now(), t.half || closed != "", cmp.Or(t.reason, closed)
+	t.mu.Unlock()
+	if closed != "" {
+		t.tick() // the other direction has less patience now
+	}
+}
+
+// fail ends the tunnel so that neither side takes what it got for everything.
+func (t *tunnel) fail() {
+	t.mu.Lock()
+	ended := t.ended
+	t.mu.Unlock()
+	if !ended {
+		t.up.tcp.SetLinger(0)
+		t.x.c.tcp.SetLinger(0)
+		t.end("connection_error")
+	}
+}
+
+func (t *tunnel) end(reason string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.ended {
+		t.ended, t.reason = true, reason
+		t.up.tcp.Close()
+		t.x.c.tcp.Close()
+	}
+}
+
+// tick ends a tunnel whose time is over.
+func (t *tunnel) tick() {
+	t.mu.Lock()
+	at, reason := t.x.srv.cfg.tunnelEnd(t.since, t.last, t.half)
+	left := time.Until(at)
+	if left > 0 && !t.ended {
+		t.timer.Reset(left)
+	}
+	t.mu.Unlock()
+	if left <= 0 {
+		t.end(reason)
+	}
 }
