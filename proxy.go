@@ -12,7 +12,7 @@
 //	  → CONNECT: resolve, judge, dial → 200 → relay both ways in the kernel → log
 //
 // Contents, as data flows: Entry · Configuration · Server · Clients · Wires and buffers · Heads · Requests · Policy ·
-// Names and dialling · Pool · Forwarding · Bodies · Tunnels · Answers · Logs · Admin · Platform contract (tune_linux.go, tune_other.go).
+// Names and dialling · Forwarding · Bodies · Tunnels · Answers · Logs · Admin · Platform contract (tune_linux.go, tune_other.go).
 //
 // What it deliberately does not do: cache, rewrite, intercept TLS, serve files, act as a reverse proxy, take flags.
 //
@@ -30,11 +30,15 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	_ "embed"
+	crand "crypto/rand"
+	"crypto/sha256"
+	"embed"
+	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"log/slog"
 	"maps"
 	"math"
@@ -59,15 +63,16 @@ import (
 
 	"github.com/caarlos0/env/v11"
 	"github.com/lmittmann/tint"
+	"golang.org/x/crypto/bcrypt"
 )
 
 // version is set at build time with -ldflags "-X main.version=…".
 var version = "dev"
 
-// source is this file: `sluice env` and the README's table are made from the comments of the config struct below.
+// files are the table of address classes, and this file: the comments of the config struct are what `sluice env` prints.
 //
-//go:embed proxy.go
-var source string
+//go:embed addresses.txt proxy.go
+var files embed.FS
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Entry
@@ -153,9 +158,14 @@ type config struct {
 	Admin                  string        `env:"ADMIN" envDefault:"127.0.0.1:3129"`           // Address of `/healthz` and `/readyz`; `off` = none.
 	Name                   string        `env:"NAME"`                                        // This hop's name in Via and Proxy-Status; a request that carries it in Via has come back and is refused. The default is the host name.
 	AllowClients           prefixes      `env:"ALLOW_CLIENTS" envDefault:"loopback,private"` // Who may connect: CIDRs, addresses, `loopback`, `private`, `all`.
+	Users                  users         `env:"USERS"`                                       // `name:password` or `name:bcrypt-hash`, separated by commas or lines: require Basic proxy authentication.
+	Mode                   string        `env:"MODE" envDefault:"enforce"`                   // `enforce`; `audit` lets pass what SLUICE_ALLOW_HOSTS, SLUICE_DENY_HOSTS and SLUICE_ALLOW_PORTS would deny, and logs it.
+	AllowHosts             hostRules     `env:"ALLOW_HOSTS"`                                 // Destinations: `example.com` that name, `*.example.com` names below it, `.example.com` both, an IP, a CIDR, each with an optional `:port`. By default every host.
+	DenyHosts              hostRules     `env:"DENY_HOSTS"`                                  // Destinations that are denied, in the same grammar; wins over SLUICE_ALLOW_HOSTS. IPs and CIDRs also stand for the names that resolve to them.
 	AllowPorts             portSet       `env:"ALLOW_PORTS" envDefault:"80,443"`             // Destination ports and ranges, as in `80,443,8000-8099`; `*` = all.
-	AllowPrivateHosts      hostRules     `env:"ALLOW_PRIVATE_HOSTS"`                         // Names that may resolve to private addresses (compose service names): `example.com` that name, `*.example.com` names below it, `.example.com` both, an IP, a CIDR, each with an optional `:port`.
+	AllowPrivateHosts      hostRules     `env:"ALLOW_PRIVATE_HOSTS"`                         // Names that may resolve to addresses that are not public (compose service names), in the grammar of SLUICE_ALLOW_HOSTS; link-local and metadata addresses must be named themselves.
 	AllowCIDRs             prefixes      `env:"ALLOW_CIDRS"`                                 // Addresses allowed although they are not public, as in `10.20.0.0/16,127.0.0.1`.
+	DenyCIDRs              prefixes      `env:"DENY_CIDRS"`                                  // Addresses denied although they are public; wins over SLUICE_ALLOW_CIDRS and SLUICE_ALLOW_PRIVATE_HOSTS.
 	MaxHeader              size          `env:"MAX_HEADER" envDefault:"64KiB"`               // Bytes of a request or response head. At most 256 fields are taken whatever its size.
 	MaxRequestBody         size          `env:"MAX_REQUEST_BODY" envDefault:"0"`             // Bytes of a request body; 0 = no limit.
 	MaxResponseBody        size          `env:"MAX_RESPONSE_BODY" envDefault:"0"`            // Bytes of a response body; 0 = no limit.
@@ -188,6 +198,14 @@ type config struct {
 // from (`default`, `environment`, `host name` or the path of a file), and its manual.
 type variable struct{ field, name, def, value, origin, doc string }
 
+// shown is the value as it may be told: one line, and not if it holds secrets.
+func (v *variable) shown() string {
+	if v.name == "USERS" && v.value != "" {
+		return "(redacted)"
+	}
+	return strings.Join(strings.Fields(v.value), " ")
+}
+
 // configErrors is every fault of an environment, one a line: variable, value and reason.
 type configErrors []string
 
@@ -201,7 +219,7 @@ func loadConfig(environ []string) (*config, []variable, error) {
 	values, bad := gather(environ, vars)
 	demand := func(ok bool, name, reason string) { // names a variable or its field; complains once of each
 		v := vars[slices.IndexFunc(vars, func(v variable) bool { return v.name == name || v.field == name })]
-		line := fmt.Sprintf("%s%s=%q: ", envPrefix, v.name, v.value)
+		line := fmt.Sprintf("%s%s=%q: ", envPrefix, v.name, v.shown())
 		if !ok && !slices.ContainsFunc(bad, func(b string) bool { return strings.HasPrefix(b, line) }) {
 			bad = append(bad, line+reason)
 		}
@@ -221,7 +239,8 @@ func loadConfig(environ []string) (*config, []variable, error) {
 // variables lists the fields of config in order, with the comments that stand behind them in the source.
 func variables() (vars []variable) {
 	line := regexp.MustCompile(`(?m)^\t(\w+) .*\x60env:"(\w+)"(?: envDefault:"(.*?)")?\x60(?: *// (.*))?$`) // \x60 is a backquote
-	for _, m := range line.FindAllStringSubmatch(source, -1) {
+	source, _ := files.ReadFile("proxy.go")
+	for _, m := range line.FindAllStringSubmatch(string(source), -1) {
 		vars = append(vars, variable{field: m[1], name: m[2], def: m[3], doc: m[4]})
 	}
 	return vars
@@ -293,6 +312,7 @@ func (c *config) check(demand func(ok bool, name, reason string)) {
 	demand(c.LogLevel%4 == 0 && c.LogLevel >= slog.LevelDebug && c.LogLevel <= slog.LevelError, "LOG_LEVEL", "is none of debug, info, warn, error")
 	demand(c.LogBuffer > 0, "LOG_BUFFER", "must be at least 1")
 	demand(slices.Contains([]string{"auto", "json", "text"}, c.LogFormat), "LOG_FORMAT", "is none of json, text, auto")
+	demand(slices.Contains([]string{"enforce", "audit"}, c.Mode), "MODE", "is neither enforce nor audit")
 	demand(slices.Contains([]string{"check", "apply", "off"}, c.Tune), "TUNE", "is none of check, apply, off")
 }
 
@@ -312,7 +332,7 @@ func printEnv(environ []string, out io.Writer) error {
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "VARIABLE\tDEFAULT\tVALUE\tFROM\tMEANING")
 	for _, v := range vars {
-		fmt.Fprintf(t, "%s%s\t%s\t%s\t%s\t%s\n", envPrefix, v.name, v.def, strings.Join(strings.Fields(v.value), " "), v.origin, v.doc)
+		fmt.Fprintf(t, "%s%s\t%s\t%s\t%s\t%s\n", envPrefix, v.name, v.def, v.shown(), v.origin, v.doc)
 	}
 	return t.Flush()
 }
@@ -372,28 +392,59 @@ func (p *portSet) UnmarshalText(text []byte) error {
 	})
 }
 
-// prefixes is a list of address blocks; a bare address is a block of one, and some sets have a name.
-type prefixes []netip.Prefix
+// prefixMap holds values by address block. To find the blocks that an address is in takes a look-up per length of prefix in use,
+// however many blocks there are.
+type prefixMap[V any] struct {
+	values  map[netip.Prefix]V
+	lengths map[int][]int // of the prefixes, the longest first, by the bits of an address: 32, 128
+}
+
+func (m *prefixMap[V]) put(block netip.Prefix, v V) {
+	if m.values == nil {
+		m.values, m.lengths = map[netip.Prefix]V{}, map[int][]int{}
+	}
+	m.values[block] = v
+	size := block.Addr().BitLen()
+	if !slices.Contains(m.lengths[size], block.Bits()) {
+		m.lengths[size] = append(m.lengths[size], block.Bits())
+		slices.SortFunc(m.lengths[size], func(a, b int) int { return b - a })
+	}
+}
+
+// containing gives the values of the blocks that a is in, the smallest block first.
+func (m *prefixMap[V]) containing(a netip.Addr) iter.Seq[V] {
+	return func(yield func(V) bool) {
+		for _, n := range m.lengths[a.BitLen()] {
+			block, _ := a.Prefix(n) // fits; leaves a zone out
+			if v, ok := m.values[block]; ok && !yield(v) {
+				return
+			}
+		}
+	}
+}
+
+// prefixes is a set of address blocks, each with what it was called; a bare address is a block of one, and some sets have a name.
+type prefixes struct{ prefixMap[string] }
 
 func (p *prefixes) UnmarshalText(text []byte) error {
 	sets := map[string]string{"all": "0.0.0.0/0 ::/0", "loopback": "127.0.0.0/8 ::1", "private": "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"}
 	return each(text, "%q is not an address, a CIDR, loopback, private or all", func(item string) (ok bool) {
 		for text := range strings.FieldsSeq(cmp.Or(sets[item], item)) {
-			block, valid := parsePrefix(text)
-			*p, ok = append(*p, block), valid
+			var block netip.Prefix
+			if block, ok = parsePrefix(text); ok {
+				p.put(block, item)
+			}
 		}
 		return ok
 	})
 }
 
-func (p prefixes) contains(a netip.Addr) bool {
-	return slices.ContainsFunc(p, func(block netip.Prefix) bool { return block.Contains(a.WithZone("")) })
-}
-
-// blocks reads a list that is part of this program.
-func blocks(text string) (list prefixes) {
-	list.UnmarshalText([]byte(text)) // cannot fail: TestClassify
-	return list
+// find gives what the smallest block that a is in was called, "" if a is in none.
+func (p *prefixes) find(a netip.Addr) string {
+	for name := range p.containing(a) {
+		return name
+	}
+	return ""
 }
 
 func parsePrefix(text string) (netip.Prefix, bool) {
@@ -419,55 +470,92 @@ func (s *shares) UnmarshalText(text []byte) error {
 	})
 }
 
-// hostRules matches destinations by name, address and port; port 0 stands for every port.
+// hostRules matches destinations by name, address and port.
 type hostRules struct {
-	names map[string][]uint16 // "example.com": that name; ".example.com": the names below it
-	nets  map[netip.Prefix][]uint16
+	names map[string][]hostRule // "example.com": that name; ".example.com": the names below it
+	nets  prefixMap[[]hostRule]
+}
+
+// hostRule is one rule, as it was written.
+type hostRule struct {
+	text string
+	port uint16 // 0 = every port
 }
 
 func (r *hostRules) UnmarshalText(text []byte) error {
-	*r = hostRules{map[string][]uint16{}, map[netip.Prefix][]uint16{}}
-	return each(text, "rule %q is not a name, *.name, .name, address or CIDR, with or without :port", r.add)
+	*r = hostRules{names: map[string][]hostRule{}}
+	return each(text, "rule %q is not a name (ASCII: xn--…), *.name, .name, address or CIDR, with or without :port", r.add)
 }
 
 // add takes one rule. An IPv6 address or CIDR that has a port stands in brackets.
-func (r *hostRules) add(rule string) bool {
-	host, port := strings.ToLower(rule), uint64(0)
+func (r *hostRules) add(text string) bool {
+	host, rule := strings.ToLower(text), hostRule{text: text}
 	_, bare := parsePrefix(host) // an IPv6 address has colons, but no port
-	if i := strings.LastIndexByte(host, ':'); i >= 0 && !bare {
-		port, _ = strconv.ParseUint(host[i+1:], 10, 64) // an error gives 0 or too much
-		if host = host[:i]; port == 0 || port > 65535 {
+	if i := strings.LastIndexByte(host, ':'); i > strings.LastIndexByte(host, ']') && !bare {
+		if rule.port = uint16(max(0, parseDecimal([]byte(host[i+1:]), 65535))); rule.port == 0 {
 			return false
 		}
+		host = host[:i]
 	}
-	if block, ok := parsePrefix(strings.Trim(host, "[]")); ok {
-		r.nets[block] = append(r.nets[block], uint16(port))
-		return true
+	inner, bracketed := strings.CutPrefix(host, "[")
+	if bracketed {
+		inner, bracketed = strings.CutSuffix(inner, "]")
+	}
+	if block, ok := parsePrefix(inner); ok && (bracketed || bare || block.Addr().Is4()) {
+		r.nets.put(block, append(r.nets.values[block], rule))
+		return !bracketed || block.Addr().Is6()
 	}
 	key, below := strings.CutPrefix(strings.TrimSuffix(host, "."), "*") // "*.x" and ".x" have the same key
 	name, dotted := strings.CutPrefix(key, ".")
-	r.names[key] = append(r.names[key], uint16(port))
+	r.names[key] = append(r.names[key], rule)
 	if dotted && !below {
-		r.names[name] = append(r.names[name], uint16(port))
+		r.names[name] = append(r.names[name], rule)
 	}
 	_, valid := parseHost([]byte(name))
 	return valid && (dotted || !below)
 }
 
-// match reports whether a rule covers host (lower case, no trailing dot) or ip, and port. A name costs a lookup per label.
-func (r *hostRules) match(host []byte, ip netip.Addr, port uint16) bool {
-	covers := func(ports []uint16) bool { return slices.Contains(ports, 0) || slices.Contains(ports, port) }
-	for block, ports := range r.nets {
-		if block.Contains(ip) && covers(ports) {
-			return true
+// match gives the rule that covers host (lower case, no trailing dot; may be nil) or ip (may be invalid), and port, "" if none does.
+// It takes a look-up per label of a name, and per length of prefix for an address.
+func (r *hostRules) match(host []byte, ip netip.Addr, port uint16) string {
+	for rules := range r.nets.containing(ip) {
+		if rule := covering(rules, port); rule != "" {
+			return rule
 		}
 	}
 	for i := range host { // the name, and ".above" for each that it is below
-		if (i == 0 || host[i] == '.') && covers(r.names[string(host[i:])]) {
-			return true
+		if i == 0 || host[i] == '.' {
+			if rule := covering(r.names[string(host[i:])], port); rule != "" {
+				return rule
+			}
 		}
 	}
-	return false
+	return ""
+}
+
+func covering(rules []hostRule, port uint16) string {
+	for _, r := range rules {
+		if r.port == 0 || r.port == port {
+			return r.text
+		}
+	}
+	return ""
+}
+
+// users are the passwords or bcrypt hashes of those who may use the proxy, by name.
+type users map[string]string
+
+func (u *users) UnmarshalText(text []byte) error {
+	*u = users{}
+	for item := range strings.FieldsFuncSeq(string(text), func(r rune) bool { return strings.ContainsRune(",\r\n", r) }) {
+		name, secret, _ := strings.Cut(strings.TrimSpace(item), ":")
+		_, err := bcrypt.Cost([]byte(secret))
+		if _, twice := (*u)[name]; name == "" || secret == "" || twice || strings.HasPrefix(secret, "$2") && err != nil {
+			return fmt.Errorf("entry %d is not name:password or name:bcrypt-hash, or its name stands twice", len(*u)+1) // no word of a secret
+		}
+		(*u)[name] = secret
+	}
+	return nil
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -483,19 +571,23 @@ type server struct {
 	pool      *pool
 	watcher   *watcher
 	sockets   sockets
+	gate      *gatekeeper
 	hop       []byte // "NAME\r\n", the end of the Via field that this hop adds
 
 	listeners []*net.TCPListener
 	own       []netip.AddrPort // where this process listens, the admin listener included
 	admin     *http.Server
 	draining  atomic.Bool
+	reached   contacts // destinations that were connected to
+	doubtful  contacts // those that only MODE=audit lets through
 	clients   sync.Map // of *client, while they are open
 
 	accepting, serving, behind sync.WaitGroup // accept loops; client connections; watcher and admin
 }
 
 func newServer(cfg *config, log *logger) (s *server, err error) {
-	s = &server{cfg: *cfg, log: log, pool: newPool(cfg), hop: []byte(cfg.Name + "\r\n")}
+	s = &server{cfg: *cfg, log: log, reached: contacts{keys: map[string]bool{}}, doubtful: contacts{keys: map[string]bool{}},
+		pool: newPool(cfg), gate: newGatekeeper(cfg.Users), hop: []byte(cfg.Name + "\r\n")}
 	s.names = &resolver{cfg: cfg, answers: map[string]*dnsAnswer{}}
 	s.admin = newAdmin(s)
 	s.buffers.New = func() any { return new([bufferSize]byte) }
@@ -539,7 +631,7 @@ func (s *server) listen(ctx context.Context) error {
 		s.behind.Go(func() { s.serveAdmin(l) })
 	}
 	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
-		"admin", s.cfg.Admin, "name", s.cfg.Name, "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
+		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
 		"max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 	s.behind.Go(s.watcher.run)
 	for _, l := range s.listeners {
@@ -586,6 +678,7 @@ func (s *server) drain() {
 	})
 	s.serving.Wait()
 	overtime.Stop()
+	s.reached.list(s.log.process)
 	s.log.process.Info("stopped", "cut", cut.Load(), logDuration, milliseconds(time.Since(begun)))
 }
 
@@ -662,7 +755,7 @@ func (c *client) serve() {
 	if !c.greeted {
 		c.greeted = true
 		c.srv.log.debug("client connected", c.addr)
-		if !c.srv.cfg.AllowClients.contains(c.addr) { // before a byte is read
+		if c.srv.cfg.AllowClients.find(c.addr) == "" { // before a byte is read
 			c.newExchange().conclude(fail(403, tokenDenied, "client address %s is not allowed (SLUICE_ALLOW_CLIENTS)", c.addr))
 			c.linger()
 			return
@@ -1024,7 +1117,7 @@ type head struct {
 	chunked, websocket, trailers bool   // Transfer-Encoding: chunked; Upgrade: websocket; TE: trailers
 	close, keepAlive, switchOver bool   // Connection: close, keep-alive, upgrade
 	dated, looped                bool   // has a Date; Via names this hop
-	host, trace                  []byte // values of Host and traceparent
+	host, trace, credentials     []byte // values of Host, traceparent and Proxy-Authorization
 }
 
 func (h *head) reset(raw []byte) {
@@ -1085,7 +1178,9 @@ func (h *head) note(name, value, hop []byte) (kind fieldKind, err error) {
 	}
 	kind, name, value = fieldHop, lower[:len(name)], trim(value)
 	switch string(name) {
-	case "keep-alive", "proxy-authenticate", "proxy-authorization":
+	case "keep-alive", "proxy-authenticate":
+	case "proxy-authorization":
+		h.credentials = value
 	case "host":
 		h.hosts++
 		h.host = value
@@ -1217,7 +1312,8 @@ type summary struct {
 	connect, reused   bool        // the method is CONNECT; the upstream connection came from the pool
 	minor, status     int         // HTTP/1.minor of the request; what it was answered with
 	upBytes, downSize int64       // of the bodies or the tunnel
-	peer, trace       string      // the address it went to; traceparent's trace-id
+	peer, trace, user string      // the address it went to; traceparent's trace-id; who was authenticated
+	first             bool        // the first contact with its destination
 	closed            string      // why a tunnel ended
 	attrs             []slog.Attr // for the record
 }
@@ -1442,7 +1538,7 @@ func parseHost(b []byte) (ip netip.Addr, ok bool) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Policy
 
-// admit decides what can be decided before a name is resolved. (Credentials and host rules will stand here.)
+// admit decides what can be decided before a name is resolved.
 func (x *exchange) admit() *failure {
 	limit := int64(x.srv.cfg.MaxRequestBody)
 	switch {
@@ -1451,74 +1547,293 @@ func (x *exchange) admit() *failure {
 	case x.srv.draining.Load():
 		x.keep = false
 		return fail(503, tokenLimit, "this proxy is draining: it takes no more requests")
+	}
+	if f := x.authenticate(); f != nil {
+		return f
+	}
+	switch {
 	case x.req.looped:
 		return fail(502, tokenLoop, "the request came back to this proxy: Via names %s (SLUICE_NAME)", x.srv.cfg.Name)
 	case x.dst.ip.IsValid() && x.srv.isOwn(netip.AddrPortFrom(x.dst.ip, x.dst.port)):
 		return fail(502, tokenLoop, "%s is this proxy itself", x.dst.key)
-	case !x.srv.cfg.AllowPorts.has(x.dst.port):
-		return fail(403, tokenDenied, "destination port %d is not allowed (SLUICE_ALLOW_PORTS)", x.dst.port)
 	case limit > 0 && x.req.length > limit:
 		return fail(413, tokenRequest, "the request body is larger than %d bytes (SLUICE_MAX_REQUEST_BODY)", limit)
 	}
+	return x.unlessAudited(x.srv.ruleOut(&x.dst))
+}
+
+// ruleOut says which rule about hosts and ports denies a destination, if any.
+func (s *server) ruleOut(d *destination) *failure {
+	allow, deny := &s.cfg.AllowHosts, &s.cfg.DenyHosts
+	if rule := deny.match(d.host, d.ip, d.port); rule != "" {
+		return fail(403, tokenDenied, "%s is denied by the rule %s (SLUICE_DENY_HOSTS)", d.key, rule)
+	} else if allow.names != nil && allow.match(d.host, d.ip, d.port) == "" {
+		return fail(403, tokenDenied, "%s is not among the hosts that are allowed (SLUICE_ALLOW_HOSTS)", d.key)
+	} else if !s.cfg.AllowPorts.has(d.port) {
+		return fail(403, tokenDenied, "destination port %d is not allowed (SLUICE_ALLOW_PORTS)", d.port)
+	}
 	return nil
+}
+
+// unlessAudited gives back what a rule about hosts and ports denies. With MODE=audit that is said, once per destination, and let pass.
+func (x *exchange) unlessAudited(f *failure) *failure {
+	if f == nil || x.srv.cfg.Mode != "audit" {
+		return f
+	}
+	if x.srv.doubtful.first(&x.dst) {
+		x.srv.log.process.Warn("would deny", logClient, x.c.addr.String(), logMethod, string(x.method), logServer, string(x.dst.host),
+			logPort, int(x.dst.port), "would_deny", f.text)
+	}
+	return nil
+}
+
+// maxContacts is how many destinations are remembered. A hostile client may choose them, 260 bytes each.
+const maxContacts = 1000
+
+// contacts remembers destinations, so that the first contact with each can be told of.
+type contacts struct {
+	mu   sync.Mutex
+	keys map[string]bool // destination.key; guarded by mu
+	more int             // contacts with destinations for which there was no room; guarded by mu
+}
+
+// first reports whether d is new here. For a destination beyond maxContacts it never does.
+func (c *contacts) first(d *destination) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	known, full := c.keys[string(d.key)], len(c.keys) == maxContacts
+	if !known && full {
+		c.more++
+	} else if !known {
+		c.keys[string(d.key)] = true
+	}
+	return !known && !full
+}
+
+// list says where connections went, as values to be pasted into an environment.
+func (c *contacts) list(log *slog.Logger) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	rules, ports := []string{}, map[string]bool{}
+	for key := range c.keys {
+		colon := strings.LastIndexByte(key, ':')
+		rules, ports[key[colon+1:]] = append(rules, net.JoinHostPort(key[:colon], key[colon+1:])), true
+	}
+	slices.Sort(rules)
+	if len(rules) > 0 {
+		log.Info("destinations", "allow_hosts", envPrefix+"ALLOW_HOSTS="+strings.Join(rules, ","), "count", len(rules), "contacts_with_others", c.more,
+			"allow_ports", envPrefix+"ALLOW_PORTS="+strings.Join(slices.Sorted(maps.Keys(ports)), ","))
+	}
+}
+
+// authenticate checks the credentials that USERS asks for.
+func (x *exchange) authenticate() (f *failure) {
+	if len(x.srv.cfg.Users) == 0 {
+		return nil
+	}
+	if x.user = x.srv.gate.verify(x.req.credentials, x.start); x.user == "" {
+		return fail(407, tokenDenied, "the credentials for this proxy are missing or wrong (SLUICE_USERS)")
+	}
+	return nil
+}
+
+const (
+	verifiedFor = 10 * time.Minute // how long credentials are remembered that matched a bcrypt hash
+	maxKnown    = 4096             // credentials kept
+)
+
+// gatekeeper checks Basic credentials (RFC 7617). It knows them by a digest with a secret of its own: how long a look-up of that takes
+// says nothing about a password, and a memory dump holds none but those of SLUICE_USERS.
+type gatekeeper struct {
+	secret [32]byte
+	hashes map[string]string // bcrypt hashes by user
+	decoy  string            // the slowest of them, for those who have none: an unknown name takes as long as a known one
+	slow   sync.Mutex        // held while bcrypt runs: guessing takes one CPU at most
+
+	mu    sync.RWMutex
+	known map[[32]byte]verified // by digest; guarded by mu
+}
+
+type verified struct {
+	user  string
+	until time.Time // zero = for ever: it was given as a password
+}
+
+func newGatekeeper(list users) *gatekeeper {
+	g := &gatekeeper{hashes: map[string]string{}, known: map[[32]byte]verified{}}
+	crand.Read(g.secret[:]) // never fails (crypto/rand)
+	slowest := 0
+	for user, secret := range list {
+		cost, err := bcrypt.Cost([]byte(secret))
+		if err != nil {
+			g.known[g.digest(base64.StdEncoding.AppendEncode(nil, []byte(user+":"+secret)))] = verified{user: user}
+		} else if g.hashes[user] = secret; cost > slowest {
+			slowest, g.decoy = cost, secret
+		}
+	}
+	return g
+}
+
+func (g *gatekeeper) digest(token []byte) [32]byte {
+	var room [256]byte // enough for nearly all
+	return sha256.Sum256(append(append(room[:0], g.secret[:]...), token...))
+}
+
+// verify gives the user whose credentials stand in a Proxy-Authorization field, "" when they are wrong.
+func (g *gatekeeper) verify(field []byte, now time.Time) (user string) {
+	scheme, token, _ := bytes.Cut(field, []byte{' '})
+	if !equalFold(scheme, "basic") {
+		return ""
+	}
+	token = trim(token)
+	digest := g.digest(token)
+	if user = g.recall(digest, now); user != "" || g.decoy == "" {
+		return user
+	}
+	g.slow.Lock()
+	defer g.slow.Unlock()
+	if user = g.recall(digest, now); user != "" { // verified while this waited
+		return user
+	}
+	text, _ := base64.StdEncoding.DecodeString(string(token)) // what is malformed has no user
+	name, password, _ := strings.Cut(string(text), ":")
+	hash, known := g.hashes[name]
+	if bcrypt.CompareHashAndPassword([]byte(cmp.Or(hash, g.decoy)), []byte(password)) != nil || !known {
+		return ""
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(g.known) >= maxKnown { // hardly ever: few passwords match a hash
+		maps.DeleteFunc(g.known, func(_ [32]byte, v verified) bool { return !v.until.IsZero() })
+	}
+	g.known[digest] = verified{name, time.Now().Add(verifiedFor)}
+	return name
+}
+
+// recall gives the user whose credentials have this digest, if that is known without bcrypt.
+func (g *gatekeeper) recall(digest [32]byte, now time.Time) string {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	if v := g.known[digest]; v.until.IsZero() || now.Before(v.until) {
+		return v.user
+	}
+	return ""
 }
 
 // addressClass says what kind of destination an address is.
 type addressClass string
 
-const (
-	classPublic      addressClass = "public"
-	classUnspecified addressClass = "unspecified"
-	classMulticast   addressClass = "multicast"
-)
+const classPublic addressClass = "public"
 
-// specialBlocks are the blocks that are not public (IANA special-purpose address registries, RFC 6890).
-var specialBlocks = []struct {
-	class  addressClass
-	blocks prefixes
-}{
-	{classUnspecified, blocks("0.0.0.0/8 ::/128")},
-	{"loopback", blocks("127.0.0.0/8 ::1/128")},
-	{"private", blocks("10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7")},
-	{"shared", blocks("100.64.0.0/10")},
-	{"link-local", blocks("169.254.0.0/16 fe80::/10")}, // cloud metadata services live here
-	{classMulticast, blocks("224.0.0.0/4 ff00::/8")},
-	{"reserved", blocks("192.0.0.0/24 192.0.2.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 " +
-		"::/96 64:ff9b:1::/48 100::/64 2001::/23 2001:db8::/32 3fff::/20 5f00::/16 fec0::/10")},
-}
-
-// classify tells the class of an address. One that carries an IPv4 address to which a translator or a relay on the way would
-// send (NAT64, RFC 6052; 6to4, RFC 3056) has that address's class.
-func classify(a netip.Addr) addressClass {
-	a = a.WithZone("")
-	if b := a.As16(); a.Is6() && string(b[:12]) == "\x00\x64\xff\x9b\x00\x00\x00\x00\x00\x00\x00\x00" {
-		a = netip.AddrFrom4([4]byte(b[12:]))
-	} else if a.Is6() && b[0] == 0x20 && b[1] == 0x02 {
-		a = netip.AddrFrom4([4]byte(b[2:6]))
+// classes are the address blocks of addresses.txt, each with its class. The smallest block that an address is in decides.
+var classes = func() (p prefixes) {
+	table, _ := files.ReadFile("addresses.txt")
+	for line := range strings.Lines(string(table)) {
+		if words := strings.Fields(line); len(words) > 0 && words[0] != "#" {
+			p.put(netip.MustParsePrefix(words[1]), words[0])
+		}
 	}
-	for _, special := range specialBlocks {
-		if special.blocks.contains(a.Unmap()) {
-			return special.class
+	return p
+}()
+
+// classify tells the class of an address: of itself, or if that is public, of the IPv4 address that it embeds.
+func classify(a netip.Addr) addressClass {
+	var room [maxFaces]netip.Addr
+	for _, face := range faces(room[:0], a) {
+		if class := addressClass(classes.find(face)); class != classPublic {
+			return class
 		}
 	}
 	return classPublic
 }
 
-// judge picks the addresses that may be dialled: public ones, and what ALLOW_CIDRS and ALLOW_PRIVATE_HOSTS let through.
-func (s *server) judge(d *destination, addrs []netip.Addr) (allowed []netip.AddrPort, refused *failure) {
-	private := s.cfg.AllowPrivateHosts.match(d.host, d.ip, d.port)
-	for _, a := range addrs {
-		class := classify(a)
-		switch ap := netip.AddrPortFrom(a, d.port); {
-		case s.isOwn(ap):
-			refused = fail(502, tokenLoop, "%s is this proxy itself", d.key)
-		case class == classPublic || s.cfg.AllowCIDRs.contains(a), private && class != classUnspecified && class != classMulticast:
-			allowed = append(allowed, ap)
-		case refused == nil:
-			refused = fail(403, tokenProhibited, "%s is at a %s address, %s (SLUICE_ALLOW_CIDRS, SLUICE_ALLOW_PRIVATE_HOSTS)", d.host, class, a)
+const maxFaces = 6
+
+// faces appends the addresses that a packet to a may end up at, each of which is judged: a itself (unmapped, without its zone) and the
+// IPv4 addresses that it embeds, to which a translator, relay or tunnel on the way would send it.
+func faces(list []netip.Addr, a netip.Addr) []netip.Addr {
+	a = a.Unmap().WithZone("")
+	list = append(list, a)
+	if a.Is4() {
+		return list
+	}
+	b := a.As16()
+	within := func(block string) bool { return string(b[:len(block)]) == block }
+	at := [][4]int{}
+	switch zeros := "\x00\x00\x00\x00\x00\x00\x00\x00"; {
+	case within("\x00\x64\xff\x9b" + zeros), within(zeros+"\x00\x00\x00\x00") && b[12] != 0: // NAT64 (RFC 6052), IPv4-compatible
+		at = [][4]int{{12, 13, 14, 15}}
+	case within("\x00\x64\xff\x9b\x00\x01"): // local-use NAT64: any of the layouts of RFC 6052, 2.2 that fit
+		at = [][4]int{{12, 13, 14, 15}, {9, 10, 11, 12}, {7, 9, 10, 11}, {6, 7, 9, 10}}
+	case within("\x20\x02"): // 6to4 (RFC 3056, 2)
+		at = [][4]int{{2, 3, 4, 5}}
+	}
+	if b[8]&^2|b[9] == 0 && b[10] == 0x5e && b[11] == 0xfe { // ISATAP (RFC 5214, 6.1)
+		at = append(at, [4]int{12, 13, 14, 15})
+	}
+	for _, i := range at {
+		if v4 := [4]byte{b[i[0]], b[i[1]], b[i[2]], b[i[3]]}; len(at) == 1 || v4[0] != 0 { // with zeros it is another layout
+			list = append(list, netip.AddrFrom4(v4))
 		}
 	}
-	return allowed, refused
+	return list
+}
+
+// judge picks the addresses that may be dialled, and says why the first that may not is refused.
+func (x *exchange) judge(addrs []netip.Addr) (allowed []netip.AddrPort, refused *failure) {
+	deny := &x.srv.cfg.DenyHosts
+	for {
+		for _, a := range addrs {
+			if f := x.srv.obstacle(&x.dst, a, deny); f == nil {
+				allowed = append(allowed, netip.AddrPortFrom(a, x.dst.port))
+			} else {
+				refused = cmp.Or(refused, f)
+			}
+		}
+		if len(allowed) > 0 || refused.token != tokenDenied || x.unlessAudited(refused) != nil {
+			return allowed, refused
+		}
+		deny, refused = &hostRules{}, nil
+	}
+}
+
+// obstacle is why an address of d may not be dialled, nil if it may: by a block of DENY_CIDRS or deny, or because it is not public
+// and neither ALLOW_CIDRS nor ALLOW_PRIVATE_HOSTS let it through.
+func (s *server) obstacle(d *destination, a netip.Addr, deny *hostRules) *failure {
+	var room [maxFaces]netip.Addr
+	for _, face := range faces(room[:0], a) {
+		class := addressClass(classes.find(face))
+		if s.isOwn(netip.AddrPortFrom(face, d.port)) {
+			return fail(502, tokenLoop, "%s is this proxy itself", d.key)
+		} else if block := s.cfg.DenyCIDRs.find(face); block != "" {
+			return d.refuse(403, tokenProhibited, a, "an address in "+block+" (SLUICE_DENY_CIDRS)")
+		} else if rule := deny.match(nil, face, d.port); rule != "" {
+			return d.refuse(403, tokenDenied, a, "an address that the rule "+rule+" denies (SLUICE_DENY_HOSTS)")
+		} else if class == classPublic || s.cfg.AllowCIDRs.find(face) != "" {
+			continue
+		}
+		variables := "SLUICE_ALLOW_CIDRS, SLUICE_ALLOW_PRIVATE_HOSTS"
+		switch class {
+		case "unspecified", "broadcast", "multicast", "link-local", "metadata": // metadata gives credentials away: no DNS answer shall lead there
+			variables = "SLUICE_ALLOW_CIDRS"
+		default:
+			if s.cfg.AllowPrivateHosts.match(d.host, d.ip, d.port) != "" {
+				continue
+			}
+		}
+		return d.refuse(403, tokenProhibited, a, fmt.Sprintf("a %s address (%s)", class, variables))
+	}
+	return nil
+}
+
+// refuse says that d is at an address it must not be at. Which one a name has is for the log alone: the resolver may know names of an
+// inner network that the client has no way to look up.
+func (d *destination) refuse(status int, token string, a netip.Addr, what string) *failure {
+	f := fail(status, token, "%s is %s", d.host, what)
+	if !d.ip.IsValid() {
+		f = fail(status, token, "%s resolves to %s", d.host, what).because(errors.New(a.String()))
+	}
+	return f
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1658,7 +1973,7 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 			return nil, x.dialFailure(err)
 		}
 	}
-	allowed, f := x.srv.judge(&x.dst, addrs)
+	allowed, f := x.judge(addrs)
 	if len(allowed) == 0 {
 		return nil, f
 	}
@@ -1667,6 +1982,7 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 		return nil, x.dialFailure(err)
 	}
 	up.key = string(x.dst.key)
+	x.first = x.srv.reached.first(&x.dst) // a connection of the pool is to one that is known
 	return up, nil
 }
 
@@ -1748,9 +2064,6 @@ func (s *server) attempt(ctx context.Context, addr netip.AddrPort, winner chan<-
 	losers <- err
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Pool
-
 // upstream is one connection to an origin.
 type upstream struct {
 	wire
@@ -1766,135 +2079,6 @@ func (up *upstream) close() {
 	up.srv.watcher.remove(&up.watch)
 	up.tcp.Close()
 	up.drop()
-}
-
-// burstGrace is how long connections are kept that are more than the limits allow. With 1,024 clients and one origin up to a
-// thousand come back between two requests: closing what is over 128 at once made each of those requests dial, at 90 times the cost.
-const burstGrace = 250 * time.Millisecond
-
-// idleList is the idle connections to one host and port.
-type idleList []*upstream
-
-// pool keeps idle connections to origins, by host and port, the youngest last: it is reused first.
-type pool struct {
-	limit, perHost int
-	ttl            time.Duration
-
-	mu     sync.Mutex
-	hosts  map[string]*idleList // guarded by mu
-	idle   int                  // in all lists; guarded by mu
-	expiry *time.Timer          // runs expire; guarded by mu
-	soon   bool                 // it does within burstGrace; guarded by mu
-}
-
-func newPool(cfg *config) *pool {
-	p := &pool{limit: cfg.PoolIdle, perHost: cfg.PoolIdlePerHost, ttl: cfg.PoolIdleTimeout, hosts: map[string]*idleList{}}
-	p.expiry = time.AfterFunc(time.Hour, p.expire)
-	p.expire()
-	return p
-}
-
-// get takes a connection that was dialled for key, or nil. A careful caller has it probed whatever its age.
-func (p *pool) get(key []byte, now time.Time, careful bool) *upstream {
-	for {
-		p.mu.Lock()
-		list := p.hosts[string(key)]
-		if list == nil || len(*list) == 0 {
-			p.mu.Unlock()
-			return nil
-		}
-		up := p.removeLocked(list, len(*list)-1)
-		p.mu.Unlock()
-		// The watcher tells of an end, but not of a farewell (408) that would be taken for the answer to what comes next.
-		if !up.hung.Load() && (!careful && !up.wary && now.Sub(up.since) < 100*time.Millisecond || isQuiet(up.raw)) {
-			return up
-		}
-		up.close()
-	}
-}
-
-// put keeps a connection for later, or closes it.
-func (p *pool) put(up *upstream, now time.Time) {
-	up.drop()
-	p.mu.Lock()
-	list := p.hosts[up.key]
-	if list == nil {
-		list = new(idleList)
-		p.hosts[up.key] = list
-	}
-	keep := p.limit > 0 && p.perHost > 0
-	if keep {
-		up.since = now
-		*list = append(*list, up)
-		p.idle++
-		if p.tooManyLocked(list) && !p.soon {
-			p.soon = true
-			p.expiry.Reset(burstGrace)
-		}
-	}
-	p.mu.Unlock()
-	if !keep || up.hung.Load() && p.remove(up) { // looked at last: the watcher may have come before it was idle
-		up.close()
-	}
-}
-
-func (p *pool) removeLocked(list *idleList, i int) *upstream {
-	up := (*list)[i]
-	*list = slices.Delete(*list, i, i+1)
-	p.idle--
-	return up
-}
-
-// remove takes up out if it is idle; then its caller owns it.
-func (p *pool) remove(up *upstream) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	list := cmp.Or(p.hosts[up.key], new(idleList))
-	i := slices.Index(*list, up)
-	if i >= 0 {
-		p.removeLocked(list, i)
-	}
-	return i >= 0
-}
-
-func (p *pool) tooManyLocked(list *idleList) bool { return p.idle > p.limit || len(*list) > p.perHost }
-
-// expire closes connections that are idle for longer than POOL_IDLE_TIMEOUT, or for burstGrace where there are more than POOL_IDLE
-// and POOL_IDLE_PER_HOST allow, and forgets hosts without any, again and again.
-func (p *pool) expire() {
-	var old []*upstream
-	p.mu.Lock()
-	next := max(10*time.Millisecond, min(cmp.Or(p.ttl/4, time.Minute), 5*time.Second))
-	for key, list := range p.hosts {
-		for len(*list) > 0 {
-			age := time.Since((*list)[0].since)
-			if !(p.ttl > 0 && age >= p.ttl || p.tooManyLocked(list) && age >= burstGrace) {
-				break
-			}
-			old = append(old, p.removeLocked(list, 0))
-		}
-		if len(*list) == 0 {
-			delete(p.hosts, key)
-		} else if p.tooManyLocked(list) {
-			next = min(next, burstGrace)
-		}
-	}
-	if p.soon = next <= burstGrace; p.limit > 0 {
-		p.expiry.Reset(next)
-	}
-	p.mu.Unlock()
-	for _, up := range old {
-		up.close()
-	}
-}
-
-// close closes all idle connections; those in use are closed when they come back.
-func (p *pool) close() {
-	p.mu.Lock()
-	p.limit, p.ttl = 0, 1
-	p.expiry.Stop()
-	p.mu.Unlock()
-	p.expire()
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2515,6 +2699,9 @@ func (x *exchange) answer(f *failure) {
 	}
 	ascii := strings.ReplaceAll(f.text, "µ", "u") // of a duration
 	why := fmt.Sprintf("Proxy-Status: %s; error=%s; details=%q\r\n", name, f.token, ascii)
+	if f.status == 407 {
+		why += fmt.Sprintf("Proxy-Authenticate: Basic realm=%q, charset=\"UTF-8\"\r\n", x.srv.cfg.Name) // RFC 7617, 2
+	}
 	x.keep = x.reply(f.status, "text/plain", why, "sluice: "+f.text+"\n") == nil && x.keep
 }
 
@@ -2528,6 +2715,9 @@ func (x *exchange) answerSelf() *failure {
 
 // reply sends a response of Sluice's own. A request body that has not been read, or a tunnel's bytes, end the connection.
 func (x *exchange) reply(status int, mediaType, fields, body string) *failure {
+	if x.keep && !x.reqBody.ended.Load() {
+		x.reqBody.nextBuffered() // a small body is here already, and not worth a connection
+	}
 	if x.connect || !x.reqBody.ended.Load() {
 		x.keep, x.lingers = false, true
 	}
@@ -2555,6 +2745,7 @@ func (x *exchange) tell(b []byte) *failure {
 // Field names, after OpenTelemetry's semantic conventions.
 const (
 	logClient   = "client.address"
+	logUser     = "user.name"
 	logMethod   = "http.request.method"
 	logScheme   = "url.scheme"
 	logPath     = "url.path"
@@ -2607,15 +2798,15 @@ func newLogger(cfg *config, stdout io.Writer) *logger {
 	return l
 }
 
-// wants decides whether a record about traffic is written.
-func (l *logger) wants(level slog.Level) bool {
+// wants decides whether a record about traffic is written; always = whatever the sampling.
+func (l *logger) wants(level slog.Level, always bool) bool {
 	share, named := l.cfg.LogSample[level]
-	return l.process.Enabled(context.Background(), level) && (!named || rand.Float64() < share)
+	return l.process.Enabled(context.Background(), level) && (always || !named || rand.Float64() < share)
 }
 
 // debug records that a connection opened or closed.
 func (l *logger) debug(msg string, client netip.Addr) {
-	if l.wants(slog.LevelDebug) {
+	if l.wants(slog.LevelDebug, false) {
 		l.process.Debug(msg, logClient, client.String())
 	}
 }
@@ -2629,7 +2820,7 @@ func (x *summary) record(f *failure) {
 	if f != nil && f.token != tokenClient {
 		level = slog.LevelWarn
 	}
-	if log := x.srv.log; log.wants(level) {
+	if log := x.srv.log; log.wants(level, x.first) {
 		x.describe(f)
 		r := slog.NewRecord(x.end, level, msg, 0)
 		r.AddAttrs(slog.Attr{Value: slog.GroupValue(x.attrs...)}) // a group without a name stands for its members, uncopied
@@ -2645,6 +2836,7 @@ func (x *summary) describe(f *failure) {
 		}
 	}
 	add(logClient, x.c.addr.String())
+	add(logUser, x.user)
 	add(logMethod, string(x.method))
 	add(logServer, string(x.dst.host))
 	if path, query, _ := strings.Cut(string(x.target), "?"); !x.connect && len(x.dst.host) > 0 {
@@ -2788,7 +2980,8 @@ func askHealth(environ []string) error {
 //	watcher, watched             after add(&watched, raw, owner) of a client or upstream, run calls owner.hungUp when its peer has
 //	                             hung up, perhaps more than once, until remove; elsewhere never
 //	(*client).graceLocked        has a client abandoned whose sending side is closed, unless it takes what it is sent; elsewhere not
-//	isQuiet(raw) bool            whether a connection at rest has neither bytes nor an end to be read; false where that cannot be told
+//	pool                         keeps idle connections to origins by host and port: newPool(cfg), get(key, now, careful), put(up, now),
+//	                             close(); elsewhere none, since it cannot be told there whether an idle one is dead
 //	wireIO                       what a wire needs for these:
 //	(*wire).fill                 reads once, into what room there is or is made; an error only when nothing was read
 //	(*wire).readWithin           sets the time for the next bytes, as readBy does, from a given one on. It may fire early

@@ -38,6 +38,13 @@ func (s *server) dial(ctx context.Context, addr netip.AddrPort) (*upstream, erro
 func tuneKernel(*config, *slog.Logger) {}
 func openFiles() int                   { return 0 }
 
+type pool struct{}
+
+func newPool(*config) *pool                         { return &pool{} }
+func (*pool) get([]byte, time.Time, bool) *upstream { return nil }
+func (*pool) put(up *upstream, _ time.Time)         { up.close() }
+func (*pool) close()                                {}
+
 type watcher struct{}
 type watched struct{}
 
@@ -47,9 +54,8 @@ func (*watcher) remove(*watched)                    {}
 func (*watcher) run()                               {}
 func (*watcher) close()                             {}
 
-func isQuiet(syscall.RawConn) bool { return false } // it cannot be told: an older connection is not used again
-func (*client) graceLocked()       {}
-func (*client) unpark() bool       { return false }
+func (*client) graceLocked() {}
+func (*client) unpark() bool { return false }
 
 type wireIO struct{}
 
