@@ -7,7 +7,6 @@ toolchain go1.27.3
 require (
 	github.com/caarlos0/env/v11 v11.4.2
 	github.com/lmittmann/tint v1.2.1
+	golang.org/x/crypto v0.59.0
 	golang.org/x/sys v0.50.0
 )
-
-require golang.org/x/crypto v0.59.0

@@ -3,8 +3,10 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
@@ -15,6 +17,8 @@ import (
 	"go/parser"
 	"go/token"
 	"io"
+	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -35,6 +39,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/crypto/bcrypt"
 )
 
 // The tests speak to a proxy that run() started, over real sockets on loopback: raw bytes in, the bytes that the origin
@@ -1545,6 +1551,436 @@ func TestZones(t *testing.T) {
 	if linkLocal.find(netip.MustParseAddr("fe80::1%eth0")) == "" {
 		t.Error("fe80::/10 does not contain an address of it that has a zone")
 	}
+}
+
+// Rules about hosts: denied wins over allowed, and what is refused says which rule it was.
+func TestHostsAllowedAndDenied(t *testing.T) {
+	origin, dns := startOrigin(t), startDNS(t)
+	_, port, _ := net.SplitHostPort(origin.addr)
+	for _, name := range []string{"a.test", "b.a.test", "bad.a.test", "other.test", "trusted.test"} {
+		dns.set(name, dnsReply{addrs: "127.0.0.1"})
+	}
+	dns.set("elsewhere.test", dnsReply{addrs: "127.0.0.5"})
+	dns.set("both.test", dnsReply{addrs: "127.0.0.5 127.0.0.1"})
+	p := startProxy(t, "DNS_SERVERS="+dns.addr, "ALLOW_HOSTS=.a.test,elsewhere.test,both.test,trusted.test:1,127.0.0.0/29:"+port, "DENY_HOSTS=bad.a.test,127.0.0.5")
+	for host, words := range map[string][]string{
+		"a.test": nil, "A.Test.": nil, "b.a.test": nil, "127.0.0.1": nil, "both.test": nil, // of the two addresses one is not denied
+		"bad.a.test": {"bad.a.test", "SLUICE_DENY_HOSTS"}, "BAD.a.test.": {"rule bad.a.test", "SLUICE_DENY_HOSTS"},
+		"other.test": {"other.test:" + port, "SLUICE_ALLOW_HOSTS"}, "trusted.test": {"trusted.test", "SLUICE_ALLOW_HOSTS"},
+		"127.0.0.5": {"rule 127.0.0.5", "SLUICE_DENY_HOSTS"}, "127.0.0.9": {"SLUICE_ALLOW_HOSTS"}, "elsewhere.test": {"rule 127.0.0.5", "SLUICE_DENY_HOSTS"},
+	} {
+		c := p.dial(t)
+		c.send("GET http://%s:%s/ HTTP/1.1\r\nHost: x\r\n\r\n", host, port)
+		if words != nil {
+			c.wantsRefusal("GET", 403, tokenDenied, words...)
+			continue
+		}
+		up := origin.accept()
+		up.head()
+		up.send(plainAnswer)
+		if resp, _ := c.response("GET"); resp.StatusCode != 200 {
+			t.Errorf("%s: %s", host, resp.Status)
+		}
+		up.Close()
+	}
+}
+
+// A refusal keeps the client's connection where it can be told where the next request begins.
+func TestConnectionAfterRefusal(t *testing.T) {
+	origin := startOrigin(t)
+	p := startProxy(t, "DENY_HOSTS=denied.test", "USERS=ann:secret")
+	for name, e := range map[string]struct {
+		request string
+		kept    bool
+	}{
+		"GET":           {"GET http://{h}/ HTTP/1.1\r\nHost: x\r\n{a}\r\n", true},
+		"HEAD":          {"HEAD http://{h}/ HTTP/1.1\r\nHost: x\r\n{a}\r\n", true},
+		"small body":    {"POST http://{h}/ HTTP/1.1\r\nHost: x\r\n{a}Content-Length: 5\r\n\r\nhello", true},
+		"chunks":        {"POST http://{h}/ HTTP/1.1\r\nHost: x\r\n{a}Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", true},
+		"half a body":   {"POST http://{h}/ HTTP/1.1\r\nHost: x\r\n{a}Content-Length: 50\r\n\r\nhello", false},
+		"half a chunk":  {"POST http://{h}/ HTTP/1.1\r\nHost: x\r\n{a}Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", false},
+		"bad chunk":     {"POST http://{h}/ HTTP/1.1\r\nHost: x\r\n{a}Transfer-Encoding: chunked\r\n\r\n5\r\nhello--0\r\n\r\n", false},
+		"expects":       {"POST http://{h}/ HTTP/1.1\r\nHost: x\r\n{a}Expect: 100-continue\r\nContent-Length: 5\r\n\r\n", false},
+		"Connection":    {"GET http://{h}/ HTTP/1.1\r\nHost: x\r\n{a}Connection: close\r\n\r\n", false},
+		"HTTP/1.0":      {"GET http://{h}/ HTTP/1.0\r\n{a}\r\n", false},
+		"CONNECT":       {"CONNECT {h}:80 HTTP/1.1\r\nHost: x\r\n{a}\r\n", false},
+		"CONNECT, more": {"CONNECT {h}:80 HTTP/1.1\r\nHost: x\r\n{a}\r\nGET http://" + origin.addr + "/ HTTP/1.1\r\nHost: x\r\n" + basic("ann:secret") + "\r\n", false},
+	} {
+		for status, auth := range map[int]string{403: basic("ann:secret"), 407: ""} {
+			t.Run(fmt.Sprint(name, " ", status), func(t *testing.T) {
+				method, _, _ := strings.Cut(e.request, " ")
+				c := p.dial(t)
+				c.send("%s", strings.NewReplacer("{h}", "denied.test", "{a}", auth).Replace(e.request))
+				resp := c.wantsRefusal(method, status, tokenDenied)
+				if challenge := resp.Header.Get("Proxy-Authenticate"); (challenge != "") != (status == 407) || challenge != "" && challenge != `Basic realm="sluice-test", charset="UTF-8"` {
+					t.Errorf("Proxy-Authenticate: %s", challenge)
+				}
+				if resp.Close == e.kept {
+					t.Errorf("Connection: close %v", resp.Close)
+				}
+				if !e.kept {
+					c.wantsEnd()
+					return
+				}
+				exchangeOver(c, origin, basic("ann:secret"))
+			})
+		}
+	}
+	origin.wantsNone()
+}
+
+// exchangeOver has a plain request with some fields answered by origin.
+func exchangeOver(c *peer, origin *testOrigin, fields string) {
+	c.t.Helper()
+	c.send("GET http://%s/ HTTP/1.1\r\nHost: x\r\n%s\r\n", origin.addr, fields)
+	up := origin.accept()
+	up.wants(origin.fill(plainWants)) // no credentials among the fields
+	up.send("%s", plainAnswer)
+	c.wants(plainGets)
+	up.Close()
+}
+
+// basic is a field with credentials.
+func basic(credentials string) string {
+	return "Proxy-Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte(credentials)) + "\r\n"
+}
+
+func hashOf(t testing.TB, password string, cost int) string {
+	t.Helper()
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), cost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(hash)
+}
+
+func TestCredentials(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	p := startProxy(t, "USERS=ann:secret,bob:a:b,\ncy:"+hashOf(t, "pass word", 4)+",dan:"+strings.Replace(hashOf(t, "dan's", 4), "$2a$", "$2y$", 1))
+	c := p.dial(t)
+	for _, e := range []struct {
+		field string
+		user  any // nil = refused
+	}{
+		{"", nil}, {basic("ann:secret"), "ann"}, {basic("ann:Secret"), nil}, {basic("ann:secret2"), nil}, {basic("ann:"), nil}, {basic("ann"), nil},
+		{basic(":secret"), nil}, {basic("Ann:secret"), nil}, {basic("bob:a:b"), "bob"}, {basic("bob:a"), nil}, {basic("cy:pass word"), "cy"},
+		{basic("cy:pass word"), "cy"}, {basic("cy:pass"), nil}, {basic("cy:secret"), nil}, {basic("ann:pass word"), nil}, {basic("dan:dan's"), "dan"},
+		{basic("nobody:secret"), nil}, {basic(""), nil}, {basic(":"), nil}, {"Proxy-Authorization: basic YW5uOnNlY3JldA==\r\n", "ann"},
+		{"proxy-authorization:   BASIC   YW5uOnNlY3JldA==  \r\n", "ann"}, {"Proxy-Authorization: Bearer YW5uOnNlY3JldA==\r\n", nil},
+		{"Proxy-Authorization: Basic\r\n", nil}, {"Proxy-Authorization: YW5uOnNlY3JldA==\r\n", nil}, {"Proxy-Authorization: Basic !!!\r\n", nil},
+		{"Authorization: Basic YW5uOnNlY3JldA==\r\n", nil}, {"Proxy-Authorization: Basic " + strings.Repeat("QUFB", 9000) + "\r\n", nil},
+	} {
+		n := len(p.served())
+		resp, body := c.ask("GET", "http://"+origin+"/", strings.TrimSuffix(e.field, "\r\n"))
+		r := p.awaitServed(t, n)
+		if e.user == nil {
+			wantsRefusal(t, resp, body, 407, tokenDenied)
+		} else if resp.StatusCode != 200 {
+			t.Errorf("%.60q: %s", e.field, resp.Status)
+		}
+		if r["user.name"] != e.user {
+			t.Errorf("%.60q: user.name %v, want %v", e.field, r["user.name"], e.user)
+		}
+	}
+	for _, secret := range []string{"secret", "YW5uOnNlY3JldA", "pass word", "$2"} {
+		if strings.Contains(p.log.all(), secret) {
+			t.Errorf("%q is in the log", secret)
+		}
+	}
+	tunnel := p.dial(t)
+	tunnel.send("CONNECT %s HTTP/1.1\r\nHost: x\r\n%s\r\n", origin, basic("cy:pass word"))
+	if head := tunnel.head(); !strings.HasPrefix(head, "HTTP/1.1 200 ") {
+		t.Fatal(head)
+	}
+	tunnel.Close()
+	wantsFields(t, p.log.await(t, "tunnel", 1), map[string]any{"user.name": "cy"})
+}
+
+// Secrets stand neither in what `sluice env` prints nor in complaints about them.
+func TestSecretsAreNotShown(t *testing.T) {
+	_, stdout, _ := sluice([]string{"env"}, prefixed("USERS=ann:topsecret")...)
+	if row := envRow(stdout, "USERS"); !strings.Contains(row, "(redacted)") || strings.Contains(stdout, "topsecret") || strings.Contains(stdout, "ann") {
+		t.Errorf("%s", row)
+	}
+	for _, value := range []string{"topsecret", ":topsecret", "topsecret:", "ann:topsecret,ann:topsecret", "ann:$2a$10$topsecret", "ann:$2topsecret", ",:,topsecret"} {
+		status, _, stderr := sluice([]string{"env"}, prefixed("USERS="+value)...)
+		if status != 2 || !strings.Contains(stderr, "SLUICE_USERS=\"(redacted)\": entry ") || strings.Contains(stderr, "topsecret") {
+			t.Errorf("%s: status %d, %s", value, status, stderr)
+		}
+	}
+}
+
+// What matched a bcrypt hash is remembered, for a while, and only that.
+func TestVerifiedCredentials(t *testing.T) {
+	g := newGatekeeper(users{"ann": hashOf(t, "secret", 4), "bob": "plain"})
+	field := func(text string) []byte {
+		return []byte(strings.TrimSpace(strings.TrimPrefix(basic(text), "Proxy-Authorization: ")))
+	}
+	now := time.Now()
+	for range 3 {
+		if g.verify(field("ann:secret"), now) != "ann" || g.verify(field("ann:wrong"), now) != "" || g.verify(field("eve:secret"), now) != "" || g.verify(field("bob:plain"), now) != "bob" {
+			t.Fatal("a wrong verdict")
+		}
+		if len(g.known) != 2 { // bob, who has no hash, and ann
+			t.Fatalf("%d credentials are remembered", len(g.known))
+		}
+	}
+	digest := g.digest(bytes.TrimPrefix(field("ann:secret"), []byte("Basic ")))
+	if g.recall(digest, now.Add(verifiedFor-time.Second)) != "ann" || g.recall(digest, now.Add(verifiedFor+time.Second)) != "" {
+		t.Errorf("not remembered for %v", verifiedFor)
+	}
+	later := now.Add(24 * time.Hour)
+	if g.verify(field("ann:secret"), later) != "ann" || g.verify(field("bob:plain"), later) != "bob" {
+		t.Error("refused after a day")
+	}
+	for i := range maxKnown { // of which none is a user's
+		g.known[[32]byte{1, byte(i), byte(i >> 8)}] = verified{"x", now.Add(time.Hour)}
+	}
+	delete(g.known, digest)
+	if g.verify(field("ann:secret"), now) != "ann" || len(g.known) != 2 {
+		t.Errorf("%d credentials are remembered", len(g.known))
+	}
+	other := newGatekeeper(users{"ann": "secret"})
+	if other.digest([]byte("x")) == g.digest([]byte("x")) {
+		t.Error("two gatekeepers have the same secret")
+	}
+}
+
+// A name that does not exist takes as long to refuse as one that does.
+func TestUnknownUsersTakeAsLong(t *testing.T) {
+	g := newGatekeeper(users{"ann": hashOf(t, "secret", 8), "low": hashOf(t, "secret", 4), "bob": "plain"})
+	took := map[string]time.Duration{}
+	for range 5 {
+		for _, name := range []string{"ann", "bob", "eve", "\xff"} {
+			field := "Basic " + base64.StdEncoding.EncodeToString([]byte(name+":wrong"))
+			start := time.Now()
+			g.verify([]byte(field), start)
+			took[name] = min(cmp.Or(took[name], time.Hour), time.Since(start))
+		}
+	}
+	for name, d := range took {
+		if d < took["ann"]/2 || d > 2*took["ann"] {
+			t.Errorf("%q took %v, ann %v", name, d, took["ann"])
+		}
+	}
+}
+
+// MODE=audit lets pass what the rules about hosts and ports deny, says so once per destination, and lets nothing else pass.
+func TestAudit(t *testing.T) {
+	origin, dns := startOrigin(t), startDNS(t)
+	_, port, _ := net.SplitHostPort(origin.addr)
+	for name, addr := range map[string]string{"good.test": "127.0.0.1", "bad.test": "127.0.0.1", "unlisted.test": "127.0.0.1", "inner.test": "127.0.0.7", "there.test": "127.0.0.2"} {
+		dns.set(name, dnsReply{addrs: addr})
+	}
+	elsewhere := serveAt(t, "127.0.0.2:"+port, nil)
+	vars := []string{"MODE=audit", "DNS_SERVERS=" + dns.addr, "ALLOW_HOSTS=good.test,bad.test,there.test,127.0.0.0/8", "DENY_HOSTS=bad.test,127.0.0.2", "ALLOW_CIDRS=127.0.0.1,127.0.0.2"}
+	p := startProxy(t, vars...)
+	for host, words := range map[string]string{"good.test": "", "bad.test": "bad.test (SLUICE_DENY_HOSTS)", "unlisted.test": "SLUICE_ALLOW_HOSTS", "there.test": "127.0.0.2 denies (SLUICE_DENY_HOSTS)"} {
+		for range 3 {
+			c := p.dial(t)
+			if host == "there.test" {
+				if _, body := c.ask("GET", "http://"+host+":"+port+"/"); body != elsewhere {
+					t.Fatalf("%s: %q", host, body)
+				}
+				continue
+			}
+			c.send("GET http://%s:%s/ HTTP/1.1\r\nHost: x\r\n\r\n", host, port)
+			up := origin.accept()
+			up.head()
+			up.send("%s", plainAnswer)
+			c.wants(plainGets)
+			up.Close()
+		}
+		var said []map[string]any
+		for _, r := range p.log.records(t) {
+			if r["would_deny"] != nil && r["server.address"] == host {
+				said = append(said, r)
+			}
+		}
+		if words == "" && len(said) != 0 || words != "" && (len(said) != 1 || said[0]["level"] != "WARN" || !strings.Contains(said[0]["would_deny"].(string), words) ||
+			fmt.Sprint(said[0]["server.port"]) != port || said[0]["client.address"] != "127.0.0.1") {
+			t.Errorf("%s: %v", host, said)
+		}
+	}
+	for target, token := range map[string]string{"inner.test:" + port: tokenProhibited, "10.0.0.1:" + port: tokenProhibited, p.addr: tokenLoop, p.admin: tokenLoop} {
+		c := p.dial(t)
+		c.send("CONNECT %s HTTP/1.1\r\nHost: x\r\n\r\n", target)
+		c.wantsRefusal("CONNECT", map[string]int{tokenProhibited: 403, tokenLoop: 502}[token], token)
+	}
+	c := p.dial(t)
+	c.send("GET http://good.test:%s/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 sluice-test\r\n\r\n", port)
+	c.wantsRefusal("GET", 502, tokenLoop)
+	p.stop()
+
+	ports := startProxy(t, "MODE=audit", "ALLOW_PORTS=1")
+	exchangeOver(ports.dial(t), origin, "")
+	if r := ports.log.await(t, "would deny", 1); !strings.Contains(r["would_deny"].(string), "SLUICE_ALLOW_PORTS") {
+		t.Error(r)
+	}
+	users := startProxy(t, "MODE=audit", "USERS=ann:secret")
+	if resp, _ := users.dial(t).ask("GET", "http://"+origin.addr+"/"); resp.StatusCode != 407 {
+		t.Errorf("without credentials: %s", resp.Status)
+	}
+	clients := startProxy(t, "MODE=audit", "ALLOW_CLIENTS=10.0.0.1")
+	clients.dial(t).wantsRefusal("GET", 403, tokenDenied, "SLUICE_ALLOW_CLIENTS")
+	origin.wantsNone()
+}
+
+// The first contact with a destination is logged whatever the sampling, and at the drain all of them are told of in one record.
+func TestContacts(t *testing.T) {
+	origin, dns := startOrigin(t), startDNS(t)
+	_, port, _ := net.SplitHostPort(origin.addr)
+	dns.set("z.test", dnsReply{addrs: "127.0.0.1"})
+	dns.set("A.test", dnsReply{addrs: "127.0.0.1"})
+	dns.set("a.test", dnsReply{addrs: "127.0.0.1"})
+	p := startProxy(t, "DNS_SERVERS="+dns.addr, "LOG_LEVEL=info", "LOG_SAMPLE=info=0", "DENY_HOSTS=denied.test", "POOL_IDLE=0")
+	for _, host := range []string{"z.test", "a.test", "A.TEST.", "z.test", "127.0.0.1", "z.test"} {
+		c := p.dial(t)
+		c.send("GET http://%s:%s/ HTTP/1.1\r\nHost: x\r\n\r\n", host, port)
+		up := origin.accept()
+		up.head()
+		up.send("%s", plainAnswer)
+		c.wants(plainGets)
+		up.Close()
+	}
+	client, up := p.openTunnel(t, origin)
+	client.Close()
+	up.Close()
+	p.dial(t).ask("GET", "http://denied.test:"+port+"/")
+	p.dial(t).ask("GET", "http://nowhere.test:"+port+"/")
+	p.stop()
+	var first []string
+	for _, r := range p.log.records(t) {
+		if r["level"] == "INFO" && r["server.address"] != nil {
+			first = append(first, r["server.address"].(string))
+		}
+	}
+	if got := strings.Join(first, " "); got != "z.test a.test 127.0.0.1" {
+		t.Errorf("logged: %s", got)
+	}
+	wantsFields(t, p.log.await(t, "destinations", 1), map[string]any{"level": "INFO", "count": 3.0, "contacts_with_others": 0.0,
+		"allow_hosts": fmt.Sprintf("SLUICE_ALLOW_HOSTS=127.0.0.1:%[1]s,a.test:%[1]s,z.test:%[1]s", port), "allow_ports": "SLUICE_ALLOW_PORTS=" + port})
+}
+
+// What the drain says can be pasted: it allows what was seen and nothing else. It is bounded.
+func TestContactsArePasteReady(t *testing.T) {
+	c := contacts{keys: map[string]bool{}}
+	var d destination
+	firsts := 0
+	for i := range 2 * maxContacts {
+		d = destination{}
+		if err := d.parse(fmt.Appendf(nil, "host-%d.test:%d", i%(maxContacts+5), 80+i%2), 0); err != nil {
+			t.Fatal(err)
+		}
+		if c.first(&d) {
+			firsts++
+		}
+	}
+	if firsts != maxContacts || len(c.keys) != maxContacts || c.more == 0 {
+		t.Errorf("%d first contacts, %d kept, %d more", firsts, len(c.keys), c.more)
+	}
+	c = contacts{keys: map[string]bool{}}
+	seen := []string{"a.test:80", "[2001:db8::1]:443", "192.0.2.1:8080", "xn--bcher-kva.test:443"}
+	for _, authority := range seen {
+		d = destination{}
+		d.parse([]byte(authority), 0)
+		c.first(&d)
+	}
+	var out logSink
+	c.list(slog.New(slog.NewJSONHandler(&out, nil)))
+	value, _ := strings.CutPrefix(out.records(t)[0]["allow_hosts"].(string), "SLUICE_ALLOW_HOSTS=")
+	ports, _ := strings.CutPrefix(out.records(t)[0]["allow_ports"].(string), "SLUICE_ALLOW_PORTS=")
+	s := testServer(t, "ALLOW_HOSTS="+value, "ALLOW_PORTS="+ports)
+	for authority, want := range map[string]bool{"a.test:80": true, "[2001:db8::1]:443": true, "192.0.2.1:8080": true, "xn--bcher-kva.test:443": true,
+		"a.test:443": false, "b.a.test:80": false, "[2001:db8::2]:443": false, "192.0.2.1:80": false, "a.test:8080": false} {
+		d = destination{}
+		d.parse([]byte(authority), 0)
+		if f := s.ruleOut(&d); (f == nil) != want {
+			t.Errorf("%s: %v", authority, f)
+		}
+	}
+}
+
+// A refusal by address names the class or block and the variable; which address a name has is told in the log alone.
+func TestDenialsExplainThemselves(t *testing.T) {
+	dns := startDNS(t)
+	dns.set("inner.test", dnsReply{addrs: "10.1.2.3"})
+	dns.set("meta.test", dnsReply{addrs: "169.254.169.254"})
+	dns.set("closed.test", dnsReply{addrs: "127.0.0.9"})
+	p := startProxy(t, "DNS_SERVERS="+dns.addr, "DENY_CIDRS=127.0.0.8/29", "ALLOW_PRIVATE_HOSTS=meta.test,169.254.1.0/24")
+	for _, e := range []struct{ host, text, logged string }{
+		{"10.1.2.3", "10.1.2.3 is a private address (SLUICE_ALLOW_CIDRS, SLUICE_ALLOW_PRIVATE_HOSTS)", ""},
+		{"inner.test", "inner.test resolves to a private address (SLUICE_ALLOW_CIDRS, SLUICE_ALLOW_PRIVATE_HOSTS)", ": 10.1.2.3"},
+		{"meta.test", "meta.test resolves to a link-local address (SLUICE_ALLOW_CIDRS)", ": 169.254.169.254"},
+		{"closed.test", "closed.test resolves to an address in 127.0.0.8/29 (SLUICE_DENY_CIDRS)", ": 127.0.0.9"},
+		{"127.0.0.10", "127.0.0.10 is an address in 127.0.0.8/29 (SLUICE_DENY_CIDRS)", ""},
+		{"[64:ff9b::a01:203]", "64:ff9b::a01:203 is a private address (SLUICE_ALLOW_CIDRS, SLUICE_ALLOW_PRIVATE_HOSTS)", ""},
+	} {
+		n := len(p.served())
+		resp, body := p.dial(t).ask("GET", "http://"+e.host+":81/")
+		wantsRefusal(t, resp, body, 403, tokenProhibited)
+		if body != "sluice: "+e.text+"\n" {
+			t.Errorf("%s: %s", e.host, body)
+		}
+		if r := p.awaitServed(t, n); r["error.message"] != e.text+e.logged {
+			t.Errorf("%s: %v", e.host, r["error.message"])
+		}
+	}
+}
+
+// Bytes of one client never come to another, whatever becomes of their requests: buffers and exchanges are pooled.
+func TestClientsSeeTheirOwnBytesAlone(t *testing.T) {
+	echo := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
+		r.Write(w)
+	})
+	p := startProxy(t, "LOG_LEVEL=info", "LOG_SAMPLE=info=0,warn=0", "DENY_HOSTS=denied.test")
+	var wg sync.WaitGroup
+	for n := range 8 {
+		wg.Go(func() {
+			mine := fmt.Sprintf("client-%d-", n)
+			dice := rand.New(rand.NewPCG(uint64(n), 1))
+			var c *peer
+			for range 150 {
+				if c == nil {
+					c = p.dial(t)
+				}
+				pad := strings.Repeat(mine, 1+dice.IntN(400))
+				fields := "X-Mine: " + mine + "\r\nCookie: " + pad[:min(len(pad), 3000)] + "\r\n"
+				method, request := "POST", ""
+				switch dice.IntN(6) {
+				case 0:
+					request = fmt.Sprintf("POST http://%s/%s HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n%s", echo, mine, fields, len(pad), pad)
+				case 1:
+					request = fmt.Sprintf("POST http://%s/%s HTTP/1.1\r\nHost: x\r\n%sTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", echo, mine, fields, len(pad), pad)
+				case 2:
+					method, request = "TRACE", fmt.Sprintf("TRACE http://%s/%s HTTP/1.1\r\nHost: x\r\n%sMax-Forwards: 0\r\n\r\n", echo, mine, fields)
+				case 3:
+					request = fmt.Sprintf("POST http://denied.test/%s HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n%s", mine, fields, len(pad), pad)
+				case 4:
+					method, request = "GET", fmt.Sprintf("GET http://%s/%s HTTP/1.1\r\nHost: x\r\n%sBad Field: %s\r\n\r\n", echo, mine, fields, mine)
+				default:
+					method, request = "GET", fmt.Sprintf("GET http://%s/%s HTTP/1.1\r\nHost: x\r\n%s\r\n", echo, mine, fields)
+				}
+				io.WriteString(c.TCPConn, request)
+				resp, err := http.ReadResponse(c.br, &http.Request{Method: method})
+				if err != nil {
+					t.Errorf("%s: %v", mine, err)
+					return
+				}
+				body, _ := io.ReadAll(resp.Body)
+				for other := range 8 {
+					if theirs := fmt.Sprintf("client-%d-", other); other != n && (bytes.Contains(body, []byte(theirs)) || strings.Contains(fmt.Sprint(resp.Header), theirs)) {
+						t.Errorf("client %d got bytes of client %d", n, other)
+					}
+				}
+				if resp.Close {
+					c.Close()
+					c = nil
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -5554,6 +5990,66 @@ func BenchmarkTunnelBytes(b *testing.B) {
 	for b.Loop() {
 		c.Write(out)
 		c.Read(in)
+	}
+}
+
+// policyDecisions are the decisions about a request, each to be made often.
+func policyDecisions(t testing.TB) map[string]func() {
+	decisions := map[string]func(){}
+	for _, n := range []int{10, 10_000} {
+		var text strings.Builder
+		for i := range n {
+			fmt.Fprintf(&text, "host-%d.example.com,*.below-%d.example.com,.both-%d.example.com:443,10.%d.%d.0/24,2001:db8:%x::/48\n", i, i, i, i>>8&255, i&255, i)
+		}
+		var name, address destination
+		name.parse([]byte("api.eu.below-7.example.com:443"), 0)
+		address.parse([]byte("10.0.7.1:443"), 0)
+		s := testServer(t, "ALLOW_HOSTS="+text.String(), "DENY_HOSTS=other.test,"+strings.ReplaceAll(strings.ReplaceAll(text.String(), "10.", "11."), "example", "instance"))
+		for kind, d := range map[string]*destination{"name": &name, "address": &address} {
+			decisions[fmt.Sprintf("%s among %d rules", kind, 10*n)] = func() {
+				if f := s.ruleOut(d); f != nil {
+					t.Fatal(f.text)
+				}
+			}
+		}
+	}
+	s := testServer(t, "USERS=ann:"+hashOf(t, "secret", 4))
+	x := &exchange{summary: summary{srv: s, start: time.Now()}}
+	x.dst.parse([]byte("api.example.com:443"), 0)
+	x.req.credentials = []byte("Basic YW5uOnNlY3JldA==")
+	decisions["credentials, hosts and ports"] = func() {
+		if f := x.admit(); f != nil {
+			t.Fatal(f.text)
+		}
+	}
+	for kind, a := range map[string]netip.Addr{"IPv4": netip.MustParseAddr("93.184.215.14"), "IPv6": netip.MustParseAddr("2606:2800:21f:cb07:6820:80da:af6b:8b2c"),
+		"NAT64": netip.MustParseAddr("64:ff9b::808:808")} {
+		decisions[kind] = func() {
+			if f := s.obstacle(&x.dst, a, &s.cfg.DenyHosts); f != nil {
+				t.Fatal(f.text)
+			}
+		}
+	}
+	return decisions
+}
+
+func TestPolicyAllocatesNothing(t *testing.T) {
+	for name, decide := range policyDecisions(t) {
+		if allocs := testing.AllocsPerRun(200, decide); allocs > 0 {
+			t.Errorf("%s: %v allocations", name, allocs)
+		}
+	}
+}
+
+func BenchmarkPolicy(b *testing.B) {
+	decisions := policyDecisions(b)
+	for _, name := range slices.Sorted(maps.Keys(decisions)) {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				decisions[name]()
+			}
+		})
 	}
 }
 
