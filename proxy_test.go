@@ -1775,7 +1775,8 @@ func TestAudit(t *testing.T) {
 	elsewhere := serveAt(t, "127.0.0.2:"+port, nil)
 	vars := []string{"MODE=audit", "DNS_SERVERS=" + dns.addr, "ALLOW_HOSTS=good.test,bad.test,there.test,127.0.0.0/8", "DENY_HOSTS=bad.test,127.0.0.2", "ALLOW_CIDRS=127.0.0.1,127.0.0.2"}
 	p := startProxy(t, vars...)
-	for host, words := range map[string]string{"good.test": "", "bad.test": "bad.test (SLUICE_DENY_HOSTS)", "unlisted.test": "SLUICE_ALLOW_HOSTS", "there.test": "127.0.0.2 denies (SLUICE_DENY_HOSTS)"} {
+	hosts := map[string]string{"good.test": "", "bad.test": "bad.test (SLUICE_DENY_HOSTS)", "unlisted.test": "SLUICE_ALLOW_HOSTS", "there.test": "127.0.0.2 denies (SLUICE_DENY_HOSTS)"}
+	for host := range hosts {
 		for range 3 {
 			c := p.dial(t)
 			if host == "there.test" {
@@ -1791,6 +1792,17 @@ func TestAudit(t *testing.T) {
 			c.wants(plainGets)
 			up.Close()
 		}
+	}
+	for target, token := range map[string]string{"inner.test:" + port: tokenProhibited, "10.0.0.1:" + port: tokenProhibited, p.addr: tokenLoop, p.admin: tokenLoop} {
+		c := p.dial(t)
+		c.send("CONNECT %s HTTP/1.1\r\nHost: x\r\n\r\n", target)
+		c.wantsRefusal("CONNECT", map[string]int{tokenProhibited: 403, tokenLoop: 502}[token], token)
+	}
+	c := p.dial(t)
+	c.send("GET http://good.test:%s/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 sluice-test\r\n\r\n", port)
+	c.wantsRefusal("GET", 502, tokenLoop)
+	p.stop()
+	for host, words := range hosts {
 		var said []map[string]any
 		for _, r := range p.log.records(t) {
 			if r["would_deny"] != nil && r["server.address"] == host {
@@ -1802,16 +1814,6 @@ func TestAudit(t *testing.T) {
 			t.Errorf("%s: %v", host, said)
 		}
 	}
-	for target, token := range map[string]string{"inner.test:" + port: tokenProhibited, "10.0.0.1:" + port: tokenProhibited, p.addr: tokenLoop, p.admin: tokenLoop} {
-		c := p.dial(t)
-		c.send("CONNECT %s HTTP/1.1\r\nHost: x\r\n\r\n", target)
-		c.wantsRefusal("CONNECT", map[string]int{tokenProhibited: 403, tokenLoop: 502}[token], token)
-	}
-	c := p.dial(t)
-	c.send("GET http://good.test:%s/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 sluice-test\r\n\r\n", port)
-	c.wantsRefusal("GET", 502, tokenLoop)
-	p.stop()
-
 	ports := startProxy(t, "MODE=audit", "ALLOW_PORTS=1")
 	exchangeOver(ports.dial(t), origin, "")
 	if r := ports.log.await(t, "would deny", 1); !strings.Contains(r["would_deny"].(string), "SLUICE_ALLOW_PORTS") {
