@@ -1116,7 +1116,7 @@ type head struct {
 	length, forwards             int64  // Content-Length, Max-Forwards; -1 without
 	chunked, websocket, trailers bool   // Transfer-Encoding: chunked; Upgrade: websocket; TE: trailers
 	close, keepAlive, switchOver bool   // Connection: close, keep-alive, upgrade
-	dated, looped                bool   // has a Date; Via names this hop
+	dated, looped, login         bool   // has a Date; Via names this hop; logs the connection in, not the request
 	host, trace, credentials     []byte // values of Host, traceparent and Proxy-Authorization
 }
 
@@ -1213,6 +1213,9 @@ func (h *head) note(name, value, hop []byte) (kind fieldKind, err error) {
 		kind, h.trace = fieldOther, value
 	case "expect":
 		kind = fieldExpect
+	case "authorization":
+		scheme, _, _ := bytes.Cut(value, []byte{' '})
+		kind, h.login = fieldOther, h.login || equalFold(scheme, "ntlm") || equalFold(scheme, "negotiate") // RFC 4559, 6
 	default:
 		kind = fieldOther
 	}
@@ -1547,11 +1550,8 @@ func (x *exchange) admit() *failure {
 	case x.srv.draining.Load():
 		x.keep = false
 		return fail(503, tokenLimit, "this proxy is draining: it takes no more requests")
-	}
-	if f := x.authenticate(); f != nil {
-		return f
-	}
-	switch {
+	case !x.authenticate():
+		return fail(407, tokenDenied, "the credentials for this proxy are missing or wrong (SLUICE_USERS)")
 	case x.req.looped:
 		return fail(502, tokenLoop, "the request came back to this proxy: Via names %s (SLUICE_NAME)", x.srv.cfg.Name)
 	case x.dst.ip.IsValid() && x.srv.isOwn(netip.AddrPortFrom(x.dst.ip, x.dst.port)):
@@ -1626,15 +1626,12 @@ func (c *contacts) list(log *slog.Logger) {
 	}
 }
 
-// authenticate checks the credentials that USERS asks for.
-func (x *exchange) authenticate() (f *failure) {
-	if len(x.srv.cfg.Users) == 0 {
-		return nil
+// authenticate takes note of who asks, and reports whether that satisfies SLUICE_USERS.
+func (x *exchange) authenticate() bool {
+	if len(x.srv.cfg.Users) > 0 {
+		x.user = x.srv.gate.verify(x.req.credentials, x.start)
 	}
-	if x.user = x.srv.gate.verify(x.req.credentials, x.start); x.user == "" {
-		return fail(407, tokenDenied, "the credentials for this proxy are missing or wrong (SLUICE_USERS)")
-	}
-	return nil
+	return x.user != "" || len(x.srv.cfg.Users) == 0
 }
 
 const (
@@ -2180,7 +2177,7 @@ func (x *exchange) roundTrip(up *upstream) (f *failure) {
 	}
 	x.c.track(nil, nil, nil)
 	x.end = time.Now()
-	persists := f == nil && !x.resp.close && (x.resp.minor == 1 || x.resp.keepAlive) && x.respBody.framing != bodyClose
+	persists := f == nil && !x.resp.close && !x.req.login && (x.resp.minor == 1 || x.resp.keepAlive) && x.respBody.framing != bodyClose
 	if sending {
 		persists = x.joinUpload(up) && persists
 	}

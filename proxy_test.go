@@ -1930,6 +1930,32 @@ func TestDenialsExplainThemselves(t *testing.T) {
 	}
 }
 
+// A connection that a request may have logged in (NTLM, Negotiate: RFC 4559) serves nobody else.
+func TestLoginsOfConnections(t *testing.T) {
+	origin := startOrigin(t)
+	p := startProxy(t)
+	for field, reused := range map[string]bool{"Authorization: NTLM TlRMTVNTUA==\r\n": false, "authorization: negotiate YII=\r\n": false, "Authorization: Negotiate\r\n": false,
+		"Authorization: Basic YTpi\r\n": true, "Authorization: NTLMish x\r\n": true} {
+		first := p.dial(t)
+		first.send("GET http://%s/ HTTP/1.1\r\nHost: x\r\n%s\r\n", origin.addr, field)
+		up := origin.accept()
+		if head := up.head(); !strings.Contains(head, field) {
+			t.Errorf("%q was not passed on: %q", field, head)
+		}
+		up.send("%s", plainAnswer)
+		first.wants(plainGets)
+		second := p.dial(t)
+		second.send("%s", origin.fill(plainRequest))
+		if !reused {
+			up.wantsEnd()
+			up = origin.accept()
+		}
+		up.wants(origin.fill(plainWants))
+		up.send("%s", strings.Replace(plainAnswer, "\r\n", "\r\nConnection: close\r\n", 1))
+		second.response("GET")
+	}
+}
+
 // Bytes of one client never come to another, whatever becomes of their requests: buffers and exchanges are pooled.
 func TestClientsSeeTheirOwnBytesAlone(t *testing.T) {
 	echo := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
