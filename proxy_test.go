@@ -41,6 +41,7 @@ import (
 	"time"
 
 	"golang.org/x/crypto/bcrypt"
+	"golang.org/x/net/dns/dnsmessage"
 )
 
 // The tests speak to a proxy that run() started, over real sockets on loopback: raw bytes in, the bytes that the origin
@@ -2009,6 +2010,296 @@ func TestClientsSeeTheirOwnBytesAlone(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// hostileDNS answers by script, over UDP and TCP. A script gets the question and how often its name and type were asked before, and
+// makes the message in m, or, if it returns bytes, the whole answer: none of them = silence.
+type hostileDNS struct {
+	addr    string
+	scripts map[string]dnsScript // by name, with a final dot
+
+	mu    sync.Mutex
+	asked map[dnsmessage.Question]int // guarded by mu
+}
+
+type dnsScript func(q dnsmessage.Question, nth int, tcp bool, m *dnsmessage.Message) (raw [][]byte)
+
+func startHostileDNS(t *testing.T, scripts map[string]dnsScript) *hostileDNS {
+	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tcp, err := net.Listen("tcp", udp.LocalAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &hostileDNS{addr: udp.LocalAddr().String(), scripts: scripts, asked: map[dnsmessage.Question]int{}}
+	var running sync.WaitGroup
+	running.Go(func() {
+		for b := make([]byte, 1500); ; {
+			n, from, err := udp.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			for _, answer := range d.answers(b[:n], false) {
+				udp.WriteTo(answer, from)
+			}
+		}
+	})
+	running.Go(func() {
+		for {
+			c, err := tcp.Accept()
+			if err != nil {
+				return
+			}
+			var size [2]byte
+			io.ReadFull(c, size[:])
+			b := make([]byte, binary.BigEndian.Uint16(size[:]))
+			io.ReadFull(c, b)
+			for _, answer := range d.answers(b, true) {
+				c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(answer))), answer...))
+			}
+			c.Close()
+		}
+	})
+	t.Cleanup(func() { udp.Close(); tcp.Close(); running.Wait() })
+	return d
+}
+
+func (d *hostileDNS) answers(query []byte, tcp bool) [][]byte {
+	var m dnsmessage.Message
+	if m.Unpack(query) != nil || len(m.Questions) != 1 {
+		return nil
+	}
+	q := m.Questions[0]
+	d.mu.Lock()
+	nth := d.asked[q]
+	d.asked[q]++
+	d.mu.Unlock()
+	m = dnsmessage.Message{Header: dnsmessage.Header{ID: m.ID, Response: true, RecursionAvailable: true}, Questions: m.Questions}
+	script := d.scripts[q.Name.String()]
+	if script == nil {
+		m.RCode = dnsmessage.RCodeNameError
+	} else if raw := script(q, nth, tcp, &m); raw != nil {
+		return raw
+	}
+	packed, err := m.Pack()
+	if err != nil {
+		panic(err)
+	}
+	return [][]byte{packed}
+}
+
+// addAddrs answers a question for the addresses of name.
+func addAddrs(m *dnsmessage.Message, name string, addrs ...string) {
+	for _, text := range addrs {
+		a, h := netip.MustParseAddr(text), dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(name), Class: dnsmessage.ClassINET}
+		if a.Is4() && m.Questions[0].Type == dnsmessage.TypeA {
+			m.Answers = append(m.Answers, dnsmessage.Resource{Header: h, Body: &dnsmessage.AResource{A: a.As4()}})
+		} else if a.Is6() && m.Questions[0].Type == dnsmessage.TypeAAAA {
+			m.Answers = append(m.Answers, dnsmessage.Resource{Header: h, Body: &dnsmessage.AAAAResource{AAAA: a.As16()}})
+		}
+	}
+}
+
+func addAlias(m *dnsmessage.Message, from, to string) {
+	m.Answers = append(m.Answers, dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(from), Class: dnsmessage.ClassINET},
+		Body: &dnsmessage.CNAMEResource{CNAME: dnsmessage.MustNewName(to)}})
+}
+
+// addresses is a script: some addresses, and others from the second time on.
+func addresses(first string, later ...string) dnsScript {
+	return func(q dnsmessage.Question, nth int, _ bool, m *dnsmessage.Message) [][]byte {
+		if later == nil || nth == 0 {
+			addAddrs(m, q.Name.String(), strings.Fields(first)...)
+		} else {
+			addAddrs(m, q.Name.String(), later...)
+		}
+		return nil
+	}
+}
+
+// hostileScripts are answers that must lead nowhere: to an error, or to 127.0.0.66, which is refused.
+func hostileScripts() map[string]dnsScript {
+	const bad = "127.0.0.66"
+	raw := func(change func(packed []byte) []byte) dnsScript {
+		return func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
+			addAddrs(m, q.Name.String(), bad)
+			packed, _ := m.Pack()
+			return [][]byte{change(packed)}
+		}
+	}
+	dice := rand.New(rand.NewPCG(1, 2))
+	return map[string]dnsScript{
+		"plain.test.": addresses(bad), "mapped.test.": addresses("::ffff:" + bad), "nat64.test.": addresses("64:ff9b::" + bad),
+		"sixtofour.test.": addresses("2002:7f00:42::1"), "compatible.test.": addresses("::" + bad), "isatap.test.": addresses("2a00::5efe:" + bad),
+		"many.test.": addresses(strings.Repeat(bad+" ", 60)), "empty.test.": addresses(""),
+		"alias.test.": func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
+			addAlias(m, "alias.test.", "inner.test.")
+			addAddrs(m, "inner.test.", bad)
+			return nil
+		},
+		"loop.test.": func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
+			addAlias(m, "loop.test.", "pool.test.")
+			addAlias(m, "pool.test.", "loop.test.")
+			return nil
+		},
+		"chain.test.": func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
+			for i := range 50 {
+				addAlias(m, fmt.Sprintf("c%d.test.", i), fmt.Sprintf("c%d.test.", i+1))
+			}
+			addAddrs(m, "c50.test.", bad)
+			return nil
+		},
+		"other.test.": func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
+			addAddrs(m, "another.test.", bad)
+			return nil
+		},
+		"truncated.test.": func(q dnsmessage.Question, _ int, tcp bool, m *dnsmessage.Message) [][]byte {
+			if m.Truncated = !tcp; tcp {
+				addAddrs(m, q.Name.String(), bad)
+			}
+			return nil
+		},
+		"endless.test.": func(q dnsmessage.Question, nth int, _ bool, m *dnsmessage.Message) [][]byte { // truncated for ever, over TCP too
+			m.Truncated = true
+			addAlias(m, q.Name.String(), fmt.Sprintf("e%d.test.", nth))
+			return nil
+		},
+		"refused.test.": func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
+			m.RCode = dnsmessage.RCodeRefused
+			return nil
+		},
+		"silent.test.":   raw(func([]byte) []byte { return nil }),
+		"wrong-id.test.": raw(func(p []byte) []byte { p[0] ^= 0xff; return p }),
+		"short.test.":    raw(func(p []byte) []byte { return p[:len(p)-3] }),
+		"header.test.":   raw(func(p []byte) []byte { return p[:12] }),
+		"counts.test.":   raw(func(p []byte) []byte { p[6], p[7] = 0xff, 0xff; return p }),
+		"pointer.test.":  raw(func(p []byte) []byte { return append(p[:12], 0xc0, 12, 0, 1, 0, 1, 0xc0, 12, 0, 1, 0, 1) }),
+		"noise.test.": raw(func(p []byte) []byte {
+			for i := 2; i < len(p); i++ {
+				p[i] = byte(dice.Uint32())
+			}
+			return p
+		}),
+	}
+}
+
+// Names under a hostile server's control lead to no address that is forbidden. 127.0.0.1 stands for the public address here, and
+// 127.0.0.66, where something listens on the same port, is forbidden.
+func TestHostileNames(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.66:0")
+	if err != nil {
+		t.Skip("127.0.0.66 is not here:", err)
+	}
+	t.Cleanup(func() { l.Close() })
+	closed := &testOrigin{l, t, l.Addr().String()}
+	_, port, _ := net.SplitHostPort(closed.addr)
+	l, err = net.Listen("tcp", "127.0.0.1:"+port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	open := &testOrigin{l, t, l.Addr().String()}
+	scripts := hostileScripts()
+	hostile := slices.Sorted(maps.Keys(scripts))
+	scripts["rebound.test."] = addresses("127.0.0.1", "127.0.0.66")
+	scripts["kept.test."] = addresses("127.0.0.1", "127.0.0.66")
+	scripts["mixed.test."] = addresses("127.0.0.66 127.0.0.1 127.0.0.66")
+	scripts["down.test."] = addresses("127.0.0.66 127.0.0.2 127.0.0.67")
+	d := startHostileDNS(t, scripts)
+	p := startProxy(t, "DNS_SERVERS="+d.addr, "DNS_TIMEOUT=300ms", "DNS_CACHE_TTL=0", "DNS_STALE=0", "ALLOW_CIDRS=127.0.0.1,127.0.0.2")
+	url := func(name string) string { return "http://" + strings.TrimSuffix(name, ".") + ":" + port + "/" }
+	serve := func(name string, c, up *peer) *peer {
+		t.Helper()
+		c.send("%s", request("GET", url(name)))
+		if up == nil {
+			up = open.accept()
+		}
+		up.head()
+		up.send("%s", plainAnswer)
+		c.wants(plainGets)
+		return up
+	}
+	for _, name := range hostile {
+		for _, method := range []string{"GET", "CONNECT"} {
+			n, start := len(p.served()), time.Now()
+			target := url(name)
+			if method == "CONNECT" {
+				target = strings.Trim(target[len("http:"):], "/")
+			}
+			resp, body := p.dial(t).ask(method, target)
+			r := p.awaitServed(t, n)
+			prohibited := resp.StatusCode == 403 && r["error.type"] == tokenProhibited
+			if !prohibited && slices.Contains([]string{"plain.test.", "mapped.test.", "nat64.test.", "sixtofour.test.", "compatible.test.", "isatap.test.", "alias.test.", "truncated.test."}, name) {
+				t.Errorf("%s: %s, %v", name, resp.Status, r)
+			}
+			if !prohibited && r["error.type"] != tokenDNS && r["error.type"] != tokenDNSTimeout || r["network.peer.address"] != nil || time.Since(start) > 2*time.Second {
+				t.Errorf("%s: %s, %v, after %v", name, resp.Status, r, time.Since(start))
+			}
+			if said, _ := r["error.message"].(string); prohibited && !strings.Contains(said, "66") && !strings.Contains(said, ":42") || strings.Contains(body, ".66") || strings.Contains(body, ":42") {
+				t.Errorf("%s: the body says %q, the log %q", name, body, r["error.message"])
+			}
+		}
+	}
+
+	c := p.dial(t)
+	c.send("%s", request("GET", url("rebound.test.")))
+	up := open.accept()
+	up.head()
+	up.send("%s", strings.Replace(plainAnswer, "\r\n", "\r\nConnection: close\r\n", 1))
+	c.response("GET")
+	c.send("%s", request("GET", url("rebound.test.")))
+	c.wantsRefusal("GET", 403, tokenProhibited)
+	c = p.dial(t)
+	up = serve("kept.test.", c, nil)
+	up = serve("kept.test.", c, up) // the connection that was judged
+	c.send("%s", request("GET", url("kept.test.")))
+	up.head()
+	up.Close() // a retry looks the name up again, and judges what it finds
+	c.wantsRefusal("GET", 403, tokenProhibited)
+	a := dnsmessage.Question{Name: dnsmessage.MustNewName("kept.test."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}
+	d.mu.Lock()
+	asked := d.asked[a]
+	d.mu.Unlock()
+	if asked != 2 {
+		t.Errorf("kept.test was looked up %d times, want once per dial", asked)
+	}
+	for range 3 {
+		serve("mixed.test.", p.dial(t), nil).Close()
+	}
+	p.dial(t).ask("GET", url("down.test."))
+	wantsLogged(t, p.recordFor(t, "request", "down.test:"+port), 502, tokenRefused)
+	closed.wantsNone()
+}
+
+// Every way to write a host that is not refused as malformed means the same to the rules.
+func TestHostSpellings(t *testing.T) {
+	s := testServer(t, "DENY_HOSTS=.evil.test,xn--bcher-kva.test,192.0.2.1,[2001:db8::1]", "ALLOW_PORTS=*")
+	for _, e := range []struct {
+		authority string
+		key       string // "" = malformed
+		denied    bool
+	}{
+		{"evil.test:80", "evil.test:80", true}, {"EVIL.Test:80", "evil.test:80", true}, {"evil.test.:80", "evil.test:80", true}, {"a.EVIL.test.:1", "a.evil.test:1", true},
+		{"evil.test:0080", "evil.test:80", true}, {"notevil.test:80", "notevil.test:80", false}, {"evil.test.com:80", "evil.test.com:80", false},
+		{"XN--BCHER-KVA.test:80", "xn--bcher-kva.test:80", true}, {"192.0.2.1:80", "192.0.2.1:80", true}, {"192.0.2.1.:80", "192.0.2.1:80", true},
+		{"[::ffff:192.0.2.1]:80", "192.0.2.1:80", true}, {"[::FFFF:c000:201]:80", "192.0.2.1:80", true}, {"[2001:DB8:0:0::1]:80", "2001:db8::1:80", true},
+		{"[2001:db8::0.0.0.1]:80", "2001:db8::1:80", true}, {"[2001:db8::2]:80", "2001:db8::2:80", false},
+		{"evil.test..:80", "", true}, {".evil.test:80", "", true}, {"evil..test:80", "", true}, {"ev%69l.test:80", "", true}, {"evil%2etest:80", "", true},
+		{"evil\u3002test:80", "", true}, {"\uff45vil.test:80", "", true}, {"b\u00fccher.test:80", "", true}, {"[evil.test]:80", "", true}, {"evil.test\\:80", "", true},
+		{"u@evil.test:80", "", true}, {"evil.test:", "", true}, {"evil.test", "", true}, {"evil.test:+80", "", true}, {"evil.test: 80", "", true}, {"evil.test :80", "", true},
+		{"evil.test:65536", "", true}, {"evil.test:0", "", true}, {"3221225985:80", "", true}, {"0xc0000201:80", "", true}, {"0300.0.2.1:80", "", true}, {"192.0.513:80", "", true},
+		{"192.0.2.0x1:80", "", true}, {"192.0.2.01:80", "", true}, {"2001:db8::1:80", "", true}, {"[2001:db8::1%25lo]:80", "", true}, {"[2001:db8::1%lo]:80", "", true},
+		{"", "", true}, {":80", "", true}, {"[]:80", "", true}, {strings.Repeat("a", 64) + ".evil.test:80", "", true}, {strings.Repeat("a.", 122) + "evil.test.x:80", "", true},
+	} {
+		var d destination
+		if err := d.parse([]byte(e.authority), 0); (err != nil) != (e.key == "") || err == nil && string(d.key) != e.key {
+			t.Errorf("%q: key %q, %v; want %q", e.authority, d.key, err, e.key)
+		} else if err == nil && (s.ruleOut(&d) != nil) != e.denied {
+			t.Errorf("%q: denied %v", e.authority, !e.denied)
+		}
+	}
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -5817,6 +6108,101 @@ func FuzzResponse(f *testing.F) {
 }
 
 // FuzzChunks feeds a chunked body in pieces of every size: what is decoded must not depend on it, nor differ from net/http.
+// Normalising a host is idempotent, agrees with net/netip on what an address is, and no spelling of a name or address slips past rules
+// and address classes.
+func FuzzHost(f *testing.F) {
+	for _, seed := range []string{"a.example:80", "A.Evil.Test.:443", "127.0.0.1:1", "[::1]:80", "[::ffff:10.0.0.1]:80", "[64:ff9b::a00:1]:80", "0x7f.1:80", "127.1:80", "1.2.3.4.:9",
+		"[fe80::1%25lo]:80", "evil.test:0080", "_dmarc.evil.test:80", "a..b:80", "xn--a:80", "256.1.1.1:80", "a.0x:80", "08.8.8.8:80", "[2002:7f00:1::]:80", "[::]:80"} {
+		f.Add(seed)
+	}
+	s := testServer(f, "DENY_HOSTS=.evil.test", "ALLOW_PORTS=*")
+	f.Fuzz(func(t *testing.T, authority string) {
+		var d, again destination
+		if d.parse([]byte(authority), 0) != nil {
+			return
+		}
+		host := string(d.host)
+		text := net.JoinHostPort(host, strconv.Itoa(int(d.port)))
+		if err := again.parse([]byte(text), 0); err != nil || string(again.key) != string(d.key) || again.ip != d.ip || again.port != d.port || string(again.host) != host {
+			t.Fatalf("%q: %q, then %q, %v", authority, d.key, again.key, err)
+		}
+		if host != strings.ToLower(host) || strings.HasSuffix(host, ".") || host == "" {
+			t.Fatalf("%q: host %q", authority, host)
+		}
+		labels := strings.Split(host, ".")
+		last := labels[len(labels)-1]
+		if ip, err := netip.ParseAddr(host); (err == nil) != d.ip.IsValid() || err == nil && ip != d.ip {
+			t.Fatalf("%q: %q is %v, net/netip says %v", authority, host, d.ip, ip)
+		} else if err != nil && (strings.Trim(last, "0123456789") == "" || strings.HasPrefix(last, "0x")) {
+			t.Fatalf("%q: %q ends in a number", authority, host)
+		}
+		if below := strings.HasSuffix("."+host, ".evil.test"); (s.ruleOut(&d) != nil) != below {
+			t.Fatalf("%q: %q, denied %v", authority, host, !below)
+		}
+		x := &exchange{summary: summary{srv: s, dst: d}}
+		if !d.ip.IsValid() {
+			return
+		}
+		for _, a := range faces(nil, d.ip) {
+			special := a.IsLoopback() || a.IsPrivate() || a.IsLinkLocalUnicast() || a.IsUnspecified() || a.IsMulticast() || !a.IsGlobalUnicast()
+			if allowed, _ := x.judge([]netip.Addr{d.ip}); special && len(allowed) > 0 {
+				t.Fatalf("%q: %v may be dialled", authority, allowed)
+			}
+		}
+	})
+}
+
+// FuzzRules compares the matcher with one that looks at the text of every rule.
+func FuzzRules(f *testing.F) {
+	for _, rules := range []string{"a.test", "*.a.test", ".a.test", "A.Test.:80,*.b.test", "10.0.0.0/8", "10.0.0.0/8:80,10.1.0.0/16:81", "192.0.2.1:443", "[2001:db8::1]:443", "2001:db8::/32",
+		"[2001:db8::/32]:80", "::/0,0.0.0.0/0:1", "com", "*.com,.com:1", "a.test:80 a.test:81\n.b.test"} {
+		for _, authority := range []string{"a.test:80", "b.a.test:81", "10.1.2.3:80", "[2001:db8::1]:443", "com:1"} {
+			f.Add(rules, authority)
+		}
+	}
+	naive := func(rule string, d *destination) bool {
+		rule = strings.ToLower(rule)
+		host, port := rule, ""
+		if _, ok := parsePrefix(rule); !ok {
+			if i := strings.LastIndex(rule, ":"); i > strings.LastIndex(rule, "]") {
+				host, port = rule[:i], rule[i+1:]
+			}
+		}
+		if n, err := strconv.Atoi(port); port != "" && (err != nil || uint16(n) != d.port) {
+			return false
+		}
+		host = strings.TrimSuffix(strings.Trim(host, "[]"), ".")
+		if block, ok := parsePrefix(host); ok {
+			return block.Contains(d.ip)
+		}
+		name := string(d.host)
+		switch {
+		case strings.HasPrefix(host, "*."):
+			return strings.HasSuffix(name, host[1:]) && len(name) >= len(host)-1 && name != host[1:]
+		case strings.HasPrefix(host, "."):
+			return strings.HasSuffix("."+name, host)
+		}
+		return name == host
+	}
+	f.Fuzz(func(t *testing.T, text, authority string) {
+		var rules hostRules
+		var d destination
+		if rules.UnmarshalText([]byte(text)) != nil || d.parse([]byte(authority), 0) != nil {
+			return
+		}
+		want := ""
+		each([]byte(text), "", func(rule string) bool {
+			if naive(rule, &d) {
+				want = rule
+			}
+			return true
+		})
+		if got := rules.match(d.host, d.ip, d.port); (got == "") != (want == "") || got != "" && !naive(got, &d) {
+			t.Fatalf("%q among %q: by rule %q, want %q", authority, text, got, want)
+		}
+	})
+}
+
 func FuzzChunks(f *testing.F) {
 	for _, seed := range []string{"3\r\nabc\r\n0\r\n\r\n", "1;x=\"y\"\r\na\r\n2\r\nbc\r\n00\r\nX: y\r\n\r\n", "ffffffffffffffff\r\n", "3\r\nabcd\r\n", "-1\r\n", "3 \r\nabc"} {
 		f.Add([]byte(seed), uint8(1))
