@@ -1974,7 +1974,7 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	if len(allowed) == 0 {
 		return nil, f
 	}
-	up, err := x.srv.race(ctx, allowed)
+	up, err := x.srv.dial(ctx, allowed)
 	if err != nil {
 		return nil, x.dialFailure(err)
 	}
@@ -2013,52 +2013,6 @@ func (x *exchange) dialFailure(err error) *failure {
 
 func isUnroutable(err error) bool {
 	return errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EINVAL)
-}
-
-// race connects to the first that answers (RFC 8305), each with a head start, the next at once when one fails.
-func (s *server) race(ctx context.Context, addrs []netip.AddrPort) (*upstream, error) {
-	if len(addrs) == 1 {
-		return s.dial(ctx, addrs[0])
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	winner, losers := make(chan *upstream), make(chan error, len(addrs)) // every loser is counted, also when nobody waits
-	start := time.NewTimer(0)
-	var worst error
-	for next, lost := 0, 0; lost < len(addrs); {
-		select {
-		case <-start.C:
-			if next < len(addrs) {
-				go s.attempt(ctx, addrs[next], winner, losers)
-				next++
-				start.Reset(250 * time.Millisecond) // RFC 8305, 5
-			}
-		case up := <-winner:
-			return up, nil
-		case err := <-losers:
-			lost++
-			if worst == nil || isUnroutable(worst) { // a family without a route says least
-				worst = err
-			}
-			start.Reset(0)
-		}
-	}
-	return nil, worst
-}
-
-// attempt connects to one address. What connects when the race is over is closed, and lost.
-func (s *server) attempt(ctx context.Context, addr netip.AddrPort, winner chan<- *upstream, losers chan<- error) {
-	up, err := s.dial(ctx, addr)
-	if err == nil {
-		select {
-		case winner <- up:
-			return
-		case <-ctx.Done():
-			up.close()
-			err = &net.OpError{Op: "dial", Net: "tcp", Err: ctx.Err()}
-		}
-	}
-	losers <- err
 }
 
 // upstream is one connection to an origin.
@@ -2971,7 +2925,8 @@ func askHealth(environ []string) error {
 //	sockets                      listening is a Control function, deadPeer is when a peer that acknowledges nothing is given up;
 //	                             close frees what is kept
 //	stream                       a connection: the methods of *net.TCPConn that are used
-//	(*server).dial(ctx, addr)    connects until ctx ends; an error is a *net.OpError, with that of ctx when it ended
+//	(*server).dial(ctx, addrs)   connects to the first address that answers, until ctx ends; an error is a *net.OpError, with that of
+//	                             ctx when it ended
 //	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, checks (TUNE=apply: writes) sysctls, and warns of what falls short
 //	openFiles() int              the descriptor limit in force, 0 where there is none
 //	watcher, watched             after add(&watched, raw, owner) of a client or upstream, run calls owner.hungUp when its peer has

@@ -98,7 +98,53 @@ func (k *socket) SetLinger(seconds int) error {
 	})
 }
 
-func (s *server) dial(ctx context.Context, addr netip.AddrPort) (*upstream, error) {
+// dial has the addresses race (RFC 8305), each with a head start, the next at once when one fails.
+func (s *server) dial(ctx context.Context, addrs []netip.AddrPort) (*upstream, error) {
+	if len(addrs) == 1 {
+		return s.dialOne(ctx, addrs[0])
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	winner, losers := make(chan *upstream), make(chan error, len(addrs)) // every loser is counted, also when nobody waits
+	start := time.NewTimer(0)
+	var worst error
+	for next, lost := 0, 0; lost < len(addrs); {
+		select {
+		case <-start.C:
+			if next < len(addrs) {
+				go s.attempt(ctx, addrs[next], winner, losers)
+				next++
+				start.Reset(250 * time.Millisecond) // RFC 8305, 5
+			}
+		case up := <-winner:
+			return up, nil
+		case err := <-losers:
+			lost++
+			if worst == nil || isUnroutable(worst) { // a family without a route says least
+				worst = err
+			}
+			start.Reset(0)
+		}
+	}
+	return nil, worst
+}
+
+// attempt connects to one address. What connects when the race is over is closed, and lost.
+func (s *server) attempt(ctx context.Context, addr netip.AddrPort, winner chan<- *upstream, losers chan<- error) {
+	up, err := s.dialOne(ctx, addr)
+	if err == nil {
+		select {
+		case winner <- up:
+			return
+		case <-ctx.Done():
+			up.close()
+			err = &net.OpError{Op: "dial", Net: "tcp", Err: ctx.Err()}
+		}
+	}
+	losers <- err
+}
+
+func (s *server) dialOne(ctx context.Context, addr netip.AddrPort) (*upstream, error) {
 	k, err := s.sockets.connect(ctx, newSockaddr(addr))
 	if err != nil {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(addr), Err: cmp.Or(ctx.Err(), err)}

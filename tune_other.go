@@ -25,14 +25,20 @@ func (*sockets) close()                                                     {}
 
 type stream = *net.TCPConn
 
-func (s *server) dial(ctx context.Context, addr netip.AddrPort) (*upstream, error) {
-	conn, err := (&net.Dialer{KeepAlive: -1}).DialContext(ctx, "tcp", addr.String())
-	if err != nil {
-		return nil, err
+func (s *server) dial(ctx context.Context, addrs []netip.AddrPort) (up *upstream, err error) {
+	until, _ := ctx.Deadline()
+	for i, addr := range addrs {
+		share, cancel := context.WithTimeout(ctx, time.Until(until)/time.Duration(len(addrs)-i))
+		var conn net.Conn
+		conn, err = (&net.Dialer{KeepAlive: -1}).DialContext(share, "tcp", addr.String())
+		cancel()
+		if err == nil {
+			up = &upstream{peer: addr.Addr().String()}
+			up.attach(s, conn.(*net.TCPConn))
+			return up, nil
+		}
 	}
-	up := &upstream{peer: addr.Addr().String()}
-	up.attach(s, conn.(*net.TCPConn))
-	return up, nil
+	return nil, err
 }
 
 func tuneKernel(*config, *slog.Logger) {}
