@@ -62,6 +62,7 @@ import (
 	"time"
 
 	"github.com/caarlos0/env/v11"
+	"github.com/dustin/go-humanize"
 	"github.com/lmittmann/tint"
 	"golang.org/x/crypto/bcrypt"
 )
@@ -132,12 +133,13 @@ func run(ctx context.Context, environ []string, stdout io.Writer) error {
 	}
 	log := newLogger(cfg, stdout)
 	defer log.close(time.Second)
+	tuneKernel(cfg, log.process) // first: limits are made from descriptors and memory, and the backlog from somaxconn
 	s, err := newServer(cfg, log)
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	tuneKernel(cfg, log.process) // before listening: the backlog is read from somaxconn when a socket starts to listen
+	ctx, s.stop = context.WithCancel(ctx)
 	if err := s.listen(ctx); err != nil {
 		return err
 	}
@@ -155,7 +157,7 @@ const envPrefix = "SLUICE_"
 type config struct {
 	Listen                 list          `env:"LISTEN" envDefault:"127.0.0.1:3128"`          // Addresses to serve on; an empty host means every interface. The image sets `:3128`.
 	Listeners              int           `env:"LISTENERS" envDefault:"0"`                    // SO_REUSEPORT listeners per address; 0 = one per usable CPU.
-	Admin                  string        `env:"ADMIN" envDefault:"127.0.0.1:3129"`           // Address of `/healthz` and `/readyz`; `off` = none.
+	Admin                  string        `env:"ADMIN" envDefault:"127.0.0.1:3129"`           // Address of `/healthz`, `/readyz` and `POST /drain`; `off` = none.
 	Name                   string        `env:"NAME"`                                        // This hop's name in Via and Proxy-Status; a request that carries it in Via has come back and is refused. The default is the host name.
 	AllowClients           prefixes      `env:"ALLOW_CLIENTS" envDefault:"loopback,private"` // Who may connect: CIDRs, addresses, `loopback`, `private`, `all`.
 	Users                  users         `env:"USERS"`                                       // `name:password` or `name:bcrypt-hash`, separated by commas or lines: require Basic proxy authentication.
@@ -166,6 +168,9 @@ type config struct {
 	AllowPrivateHosts      hostRules     `env:"ALLOW_PRIVATE_HOSTS"`                         // Names that may resolve to addresses that are not public (compose service names), in the grammar of SLUICE_ALLOW_HOSTS; link-local and metadata addresses must be named themselves.
 	AllowCIDRs             prefixes      `env:"ALLOW_CIDRS"`                                 // Addresses allowed although they are not public, as in `10.20.0.0/16,127.0.0.1`.
 	DenyCIDRs              prefixes      `env:"DENY_CIDRS"`                                  // Addresses denied although they are public; wins over SLUICE_ALLOW_CIDRS and SLUICE_ALLOW_PRIVATE_HOSTS.
+	MaxConns               int           `env:"MAX_CONNS" envDefault:"0"`                    // Client connections; the newest above that get a 503. 0 = from the descriptor limit (two for each, and a reserve) and the memory limit.
+	MaxConnsPerClient      int           `env:"MAX_CONNS_PER_CLIENT" envDefault:"0"`         // Connections per client address (IPv6: per /64); 0 = no limit.
+	MaxTunnels             int           `env:"MAX_TUNNELS" envDefault:"0"`                  // Open tunnels, WebSockets among them; 0 = no limit of its own.
 	MaxHeader              size          `env:"MAX_HEADER" envDefault:"64KiB"`               // Bytes of a request or response head. At most 256 fields are taken whatever its size.
 	MaxRequestBody         size          `env:"MAX_REQUEST_BODY" envDefault:"0"`             // Bytes of a request body; 0 = no limit.
 	MaxResponseBody        size          `env:"MAX_RESPONSE_BODY" envDefault:"0"`            // Bytes of a response body; 0 = no limit.
@@ -191,6 +196,7 @@ type config struct {
 	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written; when full, new ones are dropped and counted, never waited for.
 	LogQuery               bool          `env:"LOG_QUERY" envDefault:"false"`                // Log query strings, in `url.query`. User info and credentials are never logged.
 	Tune                   string        `env:"TUNE" envDefault:"check"`                     // Kernel settings: `check` warns of those that fall short, `apply` also writes them where the container may, `off`.
+	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one. GOMEMLIMIT, where it is set, wins.
 	NOFILE                 int           `env:"NOFILE" envDefault:"0"`                       // Descriptor limit to ask for; 0 = the hard limit, at most 1,048,576.
 }
 
@@ -358,15 +364,11 @@ func each(text []byte, format string, add func(item string) bool) error {
 type size int64
 
 func (s *size) UnmarshalText(text []byte) error {
-	digits := strings.TrimRight(string(text), "BKMGTikmgtb ")
-	units := map[string]float64{"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
-		"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-	unit, known := units[strings.ToLower(strings.TrimSpace(string(text[len(digits):])))]
-	n, err := strconv.ParseFloat(digits, 64)
-	if !known || err != nil || strings.Trim(digits, "0123456789.") != "" || n*unit >= math.MaxInt64 {
+	n, err := humanize.ParseBytes(string(text))
+	if err != nil || n > math.MaxInt64 {
 		return errors.New("is not a size, as in 65536, 64KiB or 10MB")
 	}
-	*s = size(n * unit)
+	*s = size(n)
 	return nil
 }
 
@@ -470,29 +472,28 @@ func (s *shares) UnmarshalText(text []byte) error {
 	})
 }
 
-// hostRules matches destinations by name, address and port.
+// hostRules are rules for destinations by name, address and port, as they were written. Port 0 stands for every port.
 type hostRules struct {
-	names map[string][]hostRule // "example.com": that name; ".example.com": the names below it
-	nets  prefixMap[[]hostRule]
+	names map[hostPort]string // host "example.com": that name; ".example.com": the names below it
+	nets  prefixMap[map[uint16]string]
 }
 
-// hostRule is one rule, as it was written.
-type hostRule struct {
-	text string
-	port uint16 // 0 = every port
+type hostPort struct {
+	host string
+	port uint16
 }
 
 func (r *hostRules) UnmarshalText(text []byte) error {
-	*r = hostRules{names: map[string][]hostRule{}}
+	*r = hostRules{names: map[hostPort]string{}}
 	return each(text, "rule %q is not a name (ASCII: xn--…), *.name, .name, address or CIDR, with or without :port", r.add)
 }
 
 // add takes one rule. An IPv6 address or CIDR that has a port stands in brackets.
 func (r *hostRules) add(text string) bool {
-	host, rule := strings.ToLower(text), hostRule{text: text}
+	host, port := strings.ToLower(text), uint16(0)
 	_, bare := parsePrefix(host) // an IPv6 address has colons, but no port
 	if i := strings.LastIndexByte(host, ':'); i > strings.LastIndexByte(host, ']') && !bare {
-		if rule.port = uint16(max(0, parseDecimal([]byte(host[i+1:]), 65535))); rule.port == 0 {
+		if port = uint16(max(0, parseDecimal([]byte(host[i+1:]), 65535))); port == 0 {
 			return false
 		}
 		host = host[:i]
@@ -502,14 +503,17 @@ func (r *hostRules) add(text string) bool {
 		inner, bracketed = strings.CutSuffix(inner, "]")
 	}
 	if block, ok := parsePrefix(inner); ok && (bracketed || bare || block.Addr().Is4()) {
-		r.nets.put(block, append(r.nets.values[block], rule))
+		if r.nets.values[block] == nil {
+			r.nets.put(block, map[uint16]string{})
+		}
+		r.nets.values[block][port] = text
 		return !bracketed || block.Addr().Is6()
 	}
 	key, below := strings.CutPrefix(strings.TrimSuffix(host, "."), "*") // "*.x" and ".x" have the same key
 	name, dotted := strings.CutPrefix(key, ".")
-	r.names[key] = append(r.names[key], rule)
+	r.names[hostPort{key, port}] = text
 	if dotted && !below {
-		r.names[name] = append(r.names[name], rule)
+		r.names[hostPort{name, port}] = text
 	}
 	_, valid := parseHost([]byte(name))
 	return valid && (dotted || !below)
@@ -519,24 +523,15 @@ func (r *hostRules) add(text string) bool {
 // It takes a look-up per label of a name, and per length of prefix for an address.
 func (r *hostRules) match(host []byte, ip netip.Addr, port uint16) string {
 	for rules := range r.nets.containing(ip) {
-		if rule := covering(rules, port); rule != "" {
+		if rule := cmp.Or(rules[port], rules[0]); rule != "" {
 			return rule
 		}
 	}
 	for i := range host { // the name, and ".above" for each that it is below
 		if i == 0 || host[i] == '.' {
-			if rule := covering(r.names[string(host[i:])], port); rule != "" {
+			if rule := cmp.Or(r.names[hostPort{string(host[i:]), port}], r.names[hostPort{string(host[i:]), 0}]); rule != "" {
 				return rule
 			}
-		}
-	}
-	return ""
-}
-
-func covering(rules []hostRule, port uint16) string {
-	for _, r := range rules {
-		if r.port == 0 || r.port == port {
-			return r.text
 		}
 	}
 	return ""
@@ -577,6 +572,8 @@ type server struct {
 	listeners []*net.TCPListener
 	own       []netip.AddrPort // where this process listens, the admin listener included
 	admin     *http.Server
+	stop      func() // begins the drain, as SIGTERM does
+	limits    limits
 	draining  atomic.Bool
 	reached   contacts // destinations that were connected to
 	doubtful  contacts // those that only MODE=audit lets through
@@ -590,6 +587,7 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 		pool: newPool(cfg), gate: newGatekeeper(cfg.Users), hop: []byte(cfg.Name + "\r\n")}
 	s.names = &resolver{cfg: cfg, answers: map[string]*dnsAnswer{}}
 	s.admin = newAdmin(s)
+	s.limits.conns.most, s.limits.clients.most, s.limits.tunnels.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient, cfg.MaxTunnels
 	s.buffers.New = func() any { return new([bufferSize]byte) }
 	s.exchanges.New = func() any {
 		x := &exchange{summary: summary{srv: s}}
@@ -605,20 +603,9 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 // listen opens the admin listener and, per address and CPU, a client listener: the kernel spreads connections over them. It says
 // what is in force and begins to accept when all are open.
 func (s *server) listen(ctx context.Context) error {
-	lc := net.ListenConfig{Control: s.sockets.listening, KeepAlive: -1} // accepted sockets inherit what Control sets
-	lc.SetMultipathTCP(false)                                           // splice(2) and the socket options want plain TCP
-	count := 1
-	if canReusePort {
-		count = cmp.Or(s.cfg.Listeners, runtime.GOMAXPROCS(0)) // which minds the affinity mask and the cgroup's CPU quota
-	}
 	for _, addr := range s.cfg.Listen {
-		for range count {
-			l, err := lc.Listen(ctx, "tcp", addr)
-			if err != nil {
-				return err
-			}
-			s.listeners = append(s.listeners, l.(*net.TCPListener))
-			addr = l.Addr().String() // port 0 is chosen once
+		if err := s.openListeners(ctx, addr); err != nil {
+			return err
 		}
 		s.own = append(s.own, addrPort(s.listeners[len(s.listeners)-1].Addr()))
 	}
@@ -628,11 +615,15 @@ func (s *server) listen(ctx context.Context) error {
 			return fmt.Errorf("SLUICE_ADMIN: %w", err)
 		}
 		s.own, s.cfg.Admin = append(s.own, addrPort(l.Addr())), l.Addr().String()
-		s.behind.Go(func() { s.serveAdmin(l) })
+		s.behind.Go(func() {
+			if err := s.admin.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				s.log.process.Error("admin listener failed", logType, tokenInternal, logMessage, err.Error())
+			}
+		})
 	}
 	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
 		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
-		"max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
+		"max_conns", s.limits.conns.most, "memory_limit", debug.SetMemoryLimit(-1), "max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 	s.behind.Go(s.watcher.run)
 	for _, l := range s.listeners {
 		s.accepting.Go(func() { s.accept(l) })
@@ -647,7 +638,11 @@ func (s *server) accept(l *net.TCPListener) {
 		case err == nil:
 			pause = 0
 			s.serving.Add(1)
-			go s.newClient(conn).serve()
+			if c, f := s.newClient(conn); f != nil {
+				c.shed(f)
+			} else {
+				go c.serve()
+			}
 			continue
 		case errors.Is(err, net.ErrClosed), s.draining.Load():
 			return
@@ -720,10 +715,11 @@ func addrPort(a net.Addr) netip.AddrPort {
 type client struct {
 	wire
 	addr     netip.Addr
+	site     netip.Addr // that limits go by
+	counted  bool       // among limits.conns and limits.clients
 	watch    watched
 	idle     atomic.Bool // between requests
 	now      time.Time   // when the last request ended
-	greeted  bool        // serve has begun before
 	left     *exchange   // a request that await has read and left
 	over     bool        // no further request is served
 	detached bool        // a tunnel has taken over
@@ -741,26 +737,31 @@ type client struct {
 	failed   *failure   // why the upstream connection was closed: the client left, or its body could not be sent on
 }
 
-func (s *server) newClient(conn *net.TCPConn) *client {
-	c := &client{addr: addrPort(conn.RemoteAddr()).Addr()}
+// newClient takes a connection in; a failure says why it is not to be served.
+func (s *server) newClient(conn *net.TCPConn) (c *client, f *failure) {
+	c = &client{addr: addrPort(conn.RemoteAddr()).Addr()}
 	c.attach(s, conn)
 	s.clients.Store(c, nil)
-	return c
+	s.log.debug("client connected", c.addr)
+	return c, c.enter()
+}
+
+// shed answers a connection without reading from it, and ends it a second later, so that the reset that unread bytes cause does not
+// destroy the answer. Nothing waits for that but a timer; more than 256 do not, but end at once.
+func (c *client) shed(f *failure) {
+	wait := time.Second
+	c.newExchange().conclude(f)
+	c.tcp.CloseWrite()
+	if c.srv.limits.shedding.Add(1) > 256 {
+		wait = 0
+	}
+	time.AfterFunc(wait, func() { c.srv.limits.shedding.Add(-1); c.end() })
 }
 
 // serve answers a client's requests, one after the other, until the connection ends, or is idle for so long that it is parked.
 func (c *client) serve() {
 	var parked bool
 	defer c.leave(&parked)
-	if !c.greeted {
-		c.greeted = true
-		c.srv.log.debug("client connected", c.addr)
-		if c.srv.cfg.AllowClients.find(c.addr) == "" { // before a byte is read
-			c.newExchange().conclude(fail(403, tokenDenied, "client address %s is not allowed (SLUICE_ALLOW_CLIENTS)", c.addr))
-			c.linger()
-			return
-		}
-	}
 	c.srv.watcher.add(&c.watch, c.raw, c)
 	for more := true; more && !c.over; {
 		if more, parked = c.await(); !more {
@@ -818,6 +819,10 @@ func (c *client) end() {
 	c.tcp.Close()
 	c.drop()
 	c.srv.clients.Delete(c)
+	if c.counted {
+		c.srv.limits.conns.give(struct{}{})
+		c.srv.limits.clients.give(c.site)
+	}
 	c.srv.log.debug("client closed", c.addr)
 	c.srv.serving.Done()
 }
@@ -882,6 +887,62 @@ func (c *client) linger() {
 			return
 		}
 	}
+}
+
+// quota counts what is open by key, up to most of each; 0 = any number, which is not counted.
+type quota[K comparable] struct {
+	most int
+	mu   sync.Mutex
+	used map[K]int // guarded by mu
+}
+
+// take counts one more, or reports that there are as many as there may be.
+func (q *quota[K]) take(key K) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.most > 0 && q.used[key] >= q.most {
+		return false
+	} else if q.used == nil {
+		q.used = map[K]int{}
+	}
+	q.used[key]++
+	return true
+}
+
+// give counts one less.
+func (q *quota[K]) give(key K) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.used[key]--; q.used[key] == 0 {
+		delete(q.used, key)
+	}
+}
+
+// limits are how many there may be of what clients make.
+type limits struct {
+	conns    quota[struct{}]
+	clients  quota[netip.Addr] // connections by client.site
+	tunnels  quota[struct{}]
+	shedding atomic.Int64
+}
+
+// enter counts a client connection in, or says why it must not be.
+func (c *client) enter() *failure {
+	l := &c.srv.limits
+	if c.site = c.addr; c.site.Is6() {
+		block, _ := c.addr.Prefix(64) // fits; who has one IPv6 address has its /64
+		c.site = block.Addr()
+	}
+	if c.srv.cfg.AllowClients.find(c.addr) == "" {
+		return fail(403, tokenDenied, "client address %s is not allowed (SLUICE_ALLOW_CLIENTS)", c.addr)
+	} else if !l.conns.take(struct{}{}) {
+		return fail(503, tokenLimit, "%d client connections are open, as many as there may be (SLUICE_MAX_CONNS)", l.conns.most)
+	} else if !l.clients.take(c.site) {
+		l.conns.give(struct{}{})
+		return fail(503, tokenLimit, "%d connections from %s are open, as many as there may be (SLUICE_MAX_CONNS_PER_CLIENT)", l.clients.most, c.site)
+	}
+	c.counted = true
+	return nil
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1353,8 +1414,11 @@ func (x *exchange) begin(c *client) {
 // serve handles one request that was read, up to its log record.
 func (x *exchange) serve() {
 	f := x.admit()
+	isTunnel := f == nil && (x.connect || x.upgrades())
 	switch {
 	case f != nil:
+	case isTunnel && !x.srv.limits.tunnels.take(struct{}{}):
+		f, isTunnel = fail(503, tokenLimit, "%d tunnels are open, as many as there may be (SLUICE_MAX_TUNNELS)", x.srv.cfg.MaxTunnels), false
 	case x.connect:
 		f = x.tunnel()
 	case x.req.forwards == 0 && x.countsForwards():
@@ -1365,6 +1429,9 @@ func (x *exchange) serve() {
 	if x.onward != nil {
 		x.relay(x.onward)
 		return
+	}
+	if isTunnel {
+		x.srv.limits.tunnels.give(struct{}{})
 	}
 	x.conclude(f)
 }
@@ -1733,16 +1800,8 @@ var classes = func() (p prefixes) {
 	return p
 }()
 
-// classify tells the class of an address: of itself, or if that is public, of the IPv4 address that it embeds.
-func classify(a netip.Addr) addressClass {
-	var room [maxFaces]netip.Addr
-	for _, face := range faces(room[:0], a) {
-		if class := addressClass(classes.find(face)); class != classPublic {
-			return class
-		}
-	}
-	return classPublic
-}
+// classOf tells the class of an address by itself, whatever it embeds.
+func classOf(a netip.Addr) addressClass { return addressClass(classes.find(a)) }
 
 const maxFaces = 6
 
@@ -1799,7 +1858,7 @@ func (x *exchange) judge(addrs []netip.Addr) (allowed []netip.AddrPort, refused 
 func (s *server) obstacle(d *destination, a netip.Addr, deny *hostRules) *failure {
 	var room [maxFaces]netip.Addr
 	for _, face := range faces(room[:0], a) {
-		class := addressClass(classes.find(face))
+		class := classOf(face)
 		if s.isOwn(netip.AddrPortFrom(face, d.port)) {
 			return fail(502, tokenLoop, "%s is this proxy itself", d.key)
 		} else if block := s.cfg.DenyCIDRs.find(face); block != "" {
@@ -1809,14 +1868,12 @@ func (s *server) obstacle(d *destination, a netip.Addr, deny *hostRules) *failur
 		} else if class == classPublic || s.cfg.AllowCIDRs.find(face) != "" {
 			continue
 		}
-		variables := "SLUICE_ALLOW_CIDRS, SLUICE_ALLOW_PRIVATE_HOSTS"
-		switch class {
-		case "unspecified", "broadcast", "multicast", "link-local", "metadata": // metadata gives credentials away: no DNS answer shall lead there
-			variables = "SLUICE_ALLOW_CIDRS"
-		default:
+		variables := "SLUICE_ALLOW_CIDRS"
+		if !slices.Contains([]addressClass{"unspecified", "broadcast", "multicast", "link-local", "metadata"}, class) { // no DNS answer shall lead there
 			if s.cfg.AllowPrivateHosts.match(d.host, d.ip, d.port) != "" {
 				continue
 			}
+			variables += ", SLUICE_ALLOW_PRIVATE_HOSTS"
 		}
 		return d.refuse(403, tokenProhibited, a, fmt.Sprintf("a %s address (%s)", class, variables))
 	}
@@ -1913,12 +1970,8 @@ func (r *resolver) answer(host string) *dnsAnswer {
 	if old != nil && (old.next.IsZero() || time.Now().Before(old.next)) {
 		return old
 	}
-	for other, o := range r.answers { // any may go when there are too many
-		if old != nil || len(r.answers) < maxNames {
-			break
-		} else if !o.next.IsZero() {
-			delete(r.answers, other)
-		}
+	if old == nil && len(r.answers) >= maxNames { // any may go
+		maps.DeleteFunc(r.answers, func(_ string, o *dnsAnswer) bool { return len(r.answers) >= maxNames && !o.next.IsZero() })
 	}
 	a := &dnsAnswer{done: make(chan struct{})}
 	r.answers[host] = a
@@ -2883,19 +2936,13 @@ func newAdmin(s *server) *http.Server {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok\n") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if s.draining.Load() {
-			http.Error(w, "draining", http.StatusServiceUnavailable)
-			return
+			w.WriteHeader(http.StatusServiceUnavailable)
 		}
-		io.WriteString(w, "ready\n")
+		fmt.Fprintln(w, map[bool]string{false: "ready", true: "draining"}[s.draining.Load()])
 	})
+	mux.HandleFunc("POST /drain", func(w http.ResponseWriter, _ *http.Request) { s.stop(); w.WriteHeader(http.StatusAccepted) })
 	return &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
 		ErrorLog: slog.NewLogLogger(s.log.process.Handler(), slog.LevelDebug)}
-}
-
-func (s *server) serveAdmin(l net.Listener) {
-	if err := s.admin.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		s.log.process.Error("admin listener failed", logType, tokenInternal, logMessage, err.Error())
-	}
 }
 
 // askHealth asks a running Sluice, found by the same environment, whether it is ready.
@@ -2921,14 +2968,14 @@ func askHealth(environ []string) error {
 //
 // tune_linux.go and tune_other.go each define:
 //
-//	canReusePort                 whether several sockets may listen on one address
-//	sockets                      listening is a Control function, deadPeer is when a peer that acknowledges nothing is given up;
-//	                             close frees what is kept
+//	(*server).openListeners      appends to server.listeners one for an address, or where they can share it, one per CPU
+//	sockets                      deadPeer is when a peer that acknowledges nothing is given up; close frees what is kept
 //	stream                       a connection: the methods of *net.TCPConn that are used
 //	(*server).dial(ctx, addrs)   connects to the first address that answers, until ctx ends; an error is a *net.OpError, with that of
 //	                             ctx when it ended
-//	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, checks (TUNE=apply: writes) sysctls, and warns of what falls short
+//	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, sets the heap's limit, checks (TUNE=apply: writes) sysctls, and warns of what falls short
 //	openFiles() int              the descriptor limit in force, 0 where there is none
+//	connLimit() int              how many client connections descriptors and memory are enough for, 0 where that is not known
 //	watcher, watched             after add(&watched, raw, owner) of a client or upstream, run calls owner.hungUp when its peer has
 //	                             hung up, perhaps more than once, until remove; elsewhere never
 //	(*client).graceLocked        has a client abandoned whose sending side is closed, unless it takes what it is sent; elsewhere not
@@ -2937,7 +2984,6 @@ func askHealth(environ []string) error {
 //	wireIO                       what a wire needs for these:
 //	(*wire).fill                 reads once, into what room there is or is made; an error only when nothing was read
 //	(*wire).readWithin           sets the time for the next bytes, as readBy does, from a given one on. It may fire early
-//	(*wire).firedEarly           reports whether it did, and sets it anew
 //	(*wire).write(limit, a,b,c)  sends up to three pieces with one system call, within limit
 //	(*wire).ask(limit, p)        sends p and waits for the first bytes that come back
 //	(*client).await              waits for a request, holding no buffer, and may serve those that need nothing more from the client;
@@ -2947,4 +2993,4 @@ func askHealth(environ []string) error {
 //	                             either direction keep both alive
 //	(*exchange).relay(up)        hands the exchange, its client's connection and up over to a tunnel, perhaps until that has ended
 //	(*tunnel).end(reason)        ends it; the first reason to do so stays
-//	(*bodyWriter).splice         moves the rest of a body so, or nothing
+//	(*bodyWriter).splice         moves the rest of a body in the kernel, or nothing

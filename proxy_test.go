@@ -19,6 +19,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -1386,6 +1387,16 @@ func TestMalformedChunks(t *testing.T) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Policy, as tables
 
+// classify tells what keeps an address from being public: its own class, or that of the IPv4 address that it embeds.
+func classify(a netip.Addr) addressClass {
+	for _, face := range faces(nil, a) {
+		if class := classOf(face); class != classPublic {
+			return class
+		}
+	}
+	return classPublic
+}
+
 // Every block of the registries: its class, and those of its neighbours.
 func TestClassify(t *testing.T) {
 	for _, row := range []struct {
@@ -2221,25 +2232,24 @@ func TestHostileNames(t *testing.T) {
 		c.wants(plainGets)
 		return up
 	}
-	for _, name := range hostile {
-		for _, method := range []string{"GET", "CONNECT"} {
-			n, start := len(p.served()), time.Now()
-			target := url(name)
-			if method == "CONNECT" {
-				target = strings.Trim(target[len("http:"):], "/")
-			}
-			resp, body := p.dial(t).ask(method, target)
-			r := p.awaitServed(t, n)
-			prohibited := resp.StatusCode == 403 && r["error.type"] == tokenProhibited
-			if !prohibited && slices.Contains([]string{"plain.test.", "mapped.test.", "nat64.test.", "sixtofour.test.", "compatible.test.", "isatap.test.", "alias.test.", "truncated.test."}, name) {
-				t.Errorf("%s: %s, %v", name, resp.Status, r)
-			}
-			if !prohibited && r["error.type"] != tokenDNS && r["error.type"] != tokenDNSTimeout || r["network.peer.address"] != nil || time.Since(start) > 2*time.Second {
-				t.Errorf("%s: %s, %v, after %v", name, resp.Status, r, time.Since(start))
-			}
-			if said, _ := r["error.message"].(string); prohibited && !strings.Contains(said, "66") && !strings.Contains(said, ":42") || strings.Contains(body, ".66") || strings.Contains(body, ":42") {
-				t.Errorf("%s: the body says %q, the log %q", name, body, r["error.message"])
-			}
+	for i, name := range hostile {
+		method := []string{"GET", "CONNECT"}[i%2]
+		n, start := len(p.served()), time.Now()
+		target := url(name)
+		if method == "CONNECT" {
+			target = strings.Trim(target[len("http:"):], "/")
+		}
+		resp, body := p.dial(t).ask(method, target)
+		r := p.awaitServed(t, n)
+		prohibited := resp.StatusCode == 403 && r["error.type"] == tokenProhibited
+		if !prohibited && slices.Contains([]string{"plain.test.", "mapped.test.", "nat64.test.", "sixtofour.test.", "compatible.test.", "isatap.test.", "alias.test.", "truncated.test."}, name) {
+			t.Errorf("%s: %s, %v", name, resp.Status, r)
+		}
+		if !prohibited && r["error.type"] != tokenDNS && r["error.type"] != tokenDNSTimeout || r["network.peer.address"] != nil || time.Since(start) > 2*time.Second {
+			t.Errorf("%s: %s, %v, after %v", name, resp.Status, r, time.Since(start))
+		}
+		if said, _ := r["error.message"].(string); prohibited && !strings.Contains(said, "66") && !strings.Contains(said, ":42") || strings.Contains(body, ".66") || strings.Contains(body, ":42") {
+			t.Errorf("%s: the body says %q, the log %q", name, body, r["error.message"])
 		}
 	}
 
@@ -4836,6 +4846,151 @@ func (e refusalCase) run(t *testing.T, p *testProxy) {
 	}
 }
 
+// A connection beyond a limit is answered before it has said anything, by no goroutine of its own, and others go on.
+func TestConnectionLimits(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	p := startProxy(t, "MAX_CONNS=4", "MAX_CONNS_PER_CLIENT=3")
+	var served []*peer
+	for range 3 {
+		c := p.dial(t)
+		c.ask("GET", "http://"+origin+"/")
+		served = append(served, c)
+	}
+	goroutines := runtime.NumGoroutine()
+	for n := range 30 {
+		c := p.dial(t)
+		if n%2 == 0 {
+			c.send("%s", request("GET", "http://"+origin+"/")) // does not reset the answer
+		}
+		resp := c.wantsRefusal("GET", 503, tokenLimit, "3 connections from 127.0.0.1", "SLUICE_MAX_CONNS_PER_CLIENT")
+		if !resp.Close {
+			t.Error("no Connection: close")
+		}
+		c.wantsEnd()
+	}
+	if n := runtime.NumGoroutine(); n > goroutines+5 {
+		t.Errorf("%d goroutines, %d before 30 connections were refused", n, goroutines)
+	}
+	from := func(addr string) *peer {
+		c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(addr)}}).Dial("tcp", p.addr)
+		if err != nil {
+			t.Skip(addr, "is not here:", err)
+		}
+		return newPeer(t, c)
+	}
+	other := from("127.0.0.2")
+	if resp, _ := other.ask("GET", "http://"+origin+"/"); resp.StatusCode != 200 {
+		t.Errorf("another client: %s", resp.Status)
+	}
+	from("127.0.0.3").wantsRefusal("GET", 503, tokenLimit, "4 client connections", "SLUICE_MAX_CONNS)")
+	if adminStatus(p.admin, "/readyz") != 200 || adminStatus(p.admin, "/healthz") != 200 {
+		t.Error("admin does not answer at the limit")
+	}
+	served[0].Close()
+	eventually(t, "room for one more", func() bool {
+		resp, _ := p.dial(t).ask("GET", "http://"+origin+"/")
+		return resp.StatusCode == 200
+	})
+	wantsLogged(t, p.awaitServed(t, 3), 503, tokenLimit)
+}
+
+// Who has one IPv6 address has 2^64 of them.
+func TestIPv6ClientsAreCountedByPrefix(t *testing.T) {
+	s := testServer(t, "MAX_CONNS_PER_CLIENT=1", "ALLOW_CLIENTS=all")
+	enter := func(addr string) bool {
+		c := &client{wire: wire{srv: s}, addr: netip.MustParseAddr(addr)}
+		return c.enter() == nil
+	}
+	for _, e := range []struct {
+		addr string
+		in   bool
+	}{{"2001:db8::1", true}, {"2001:db8::ffff:1", false}, {"2001:db8:0:1::1", true}, {"192.0.2.1", true}, {"192.0.2.2", true}, {"192.0.2.1", false}} {
+		if enter(e.addr) != e.in {
+			t.Errorf("%s: %v, want %v", e.addr, !e.in, e.in)
+		}
+	}
+}
+
+// MAX_TUNNELS counts WebSockets too, and nothing that has come to nothing.
+func TestTunnelLimit(t *testing.T) {
+	origin, closed := startOrigin(t), freeAddr(t)
+	p := startProxy(t, "MAX_TUNNELS=2")
+	for range 5 {
+		if resp, _ := p.dial(t).ask("CONNECT", closed); resp.StatusCode != 502 {
+			t.Errorf("%s", resp.Status)
+		}
+		c := p.dial(t)
+		c.send("%s", request("GET", "http://"+origin.addr+"/", "Connection: Upgrade", "Upgrade: websocket"))
+		up := origin.accept()
+		up.head()
+		up.send("%s", strings.Replace(plainAnswer, "\r\n", "\r\nConnection: close\r\n", 1)) // no upgrade
+		if resp, _ := c.response("GET"); resp.StatusCode != 200 {
+			t.Errorf("%s", resp.Status)
+		}
+	}
+	first, firstUp := p.openTunnel(t, origin)
+	socket := p.dial(t)
+	socket.send("%s", request("GET", "http://"+origin.addr+"/", "Connection: Upgrade", "Upgrade: websocket"))
+	socketUp := origin.accept()
+	socketUp.head()
+	socketUp.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+	if head := socket.head(); !strings.HasPrefix(head, "HTTP/1.1 101 ") {
+		t.Fatal(head)
+	}
+	third := p.dial(t)
+	third.send("CONNECT %s HTTP/1.1\r\nHost: x\r\n\r\n", origin.addr)
+	third.wantsRefusal("CONNECT", 503, tokenLimit, "2 tunnels", "SLUICE_MAX_TUNNELS")
+	fourth := p.dial(t)
+	fourth.send("%s", request("GET", "http://"+origin.addr+"/", "Connection: Upgrade", "Upgrade: websocket"))
+	fourth.wantsRefusal("GET", 503, tokenLimit, "SLUICE_MAX_TUNNELS")
+	exchangeOver(p.dial(t), origin, "")
+	first.Close()
+	firstUp.Close()
+	p.log.await(t, "tunnel", 7) // five failed ones and the third before it
+	_, up := p.openTunnel(t, origin)
+	up.Close()
+	socketUp.Close()
+}
+
+// MAX_CONNS comes from descriptors and memory, MEMORY_LIMIT from the cgroup.
+func TestDerivedLimits(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("Linux only")
+	}
+	was := debug.SetMemoryLimit(-1)
+	defer debug.SetMemoryLimit(was)
+	files := (openFiles() - 64) / 2
+	for memory, want := range map[int64]int{math.MaxInt64: files, 64 << 20: min(files, 1024), 1 << 10: 1} {
+		debug.SetMemoryLimit(memory)
+		if got := connLimit(); got != want {
+			t.Errorf("%d connections with %d bytes and %d files, want %d", got, memory, openFiles(), want)
+		}
+	}
+	debug.SetMemoryLimit(was)
+	binary := buildBinary(t)
+	p := startProcess(t, binary, "MEMORY_LIMIT=64MiB")
+	if r := p.start; r["memory_limit"] != float64(64<<20) || r["max_conns"] != float64(min(files, 1024)) {
+		t.Errorf("with MEMORY_LIMIT=64MiB: %v", r)
+	}
+	dir, file := "/sys/fs/cgroup/memory/sluice-test", "memory.limit_in_bytes" // version 1
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		if dir, file = "/sys/fs/cgroup/sluice-test", "memory.max"; os.Mkdir(dir, 0o755) != nil {
+			t.Skip("no cgroup can be made here:", err)
+		}
+	}
+	t.Cleanup(func() { eventually(t, "the cgroup to be empty", func() bool { return os.Remove(dir) == nil }) })
+	if err := os.WriteFile(filepath.Join(dir, file), []byte("67108864"), 0o644); err != nil {
+		t.Skip("no memory limit can be set here:", err)
+	}
+	script := filepath.Join(t.TempDir(), "start")
+	os.WriteFile(script, []byte("#!/bin/sh\necho $$ > "+dir+"/cgroup.procs\nexec "+binary+"\n"), 0o755)
+	p = startProcess(t, script)
+	if r := p.start; r["memory_limit"] != float64(67108864/10*9) {
+		t.Errorf("in a cgroup of 64 MiB: %v", r)
+	}
+	p.Process.Kill()
+}
+
 func TestSizeLimits(t *testing.T) {
 	p := startProxy(t, "MAX_HEADER=2KiB", "MAX_REQUEST_BODY=1000")
 	const post = "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\n"
@@ -5653,6 +5808,24 @@ func TestDrainCutsWhatIsLeft(t *testing.T) {
 	p.recordFor(t, "request", hanging.addr)
 }
 
+// POST /drain on the admin listener does what SIGTERM does, so that a job can end its sidecar.
+func TestDrainByRequest(t *testing.T) {
+	p := startProcess(t, buildBinary(t))
+	admin := p.start["admin"].(string)
+	if status := adminStatus(admin, "/drain"); status != 405 {
+		t.Errorf("GET /drain: %d", status)
+	}
+	resp, err := http.Post("http://"+admin+"/drain", "", nil)
+	if err != nil || resp.StatusCode != 202 {
+		t.Fatal(resp, err)
+	}
+	resp.Body.Close()
+	p.wantsExit(t, patience)
+	if rest, _ := io.ReadAll(p.lines); !strings.Contains(string(rest), `"msg":"draining"`) || !strings.Contains(string(rest), `"msg":"stopped"`) {
+		t.Errorf("%s", rest)
+	}
+}
+
 func TestDrainOfAnIdleProxy(t *testing.T) {
 	p := startProxy(t, "DRAIN_TIMEOUT=8s")
 	o := startOrigin(t)
@@ -5715,6 +5888,16 @@ type process struct {
 	lines  *bufio.Reader
 	ended  chan error
 	addr   string
+	start  map[string]any // its first record
+}
+
+func buildBinary(t *testing.T) string {
+	t.Helper()
+	binary := filepath.Join(t.TempDir(), "sluice")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	return binary
 }
 
 func startProcess(t *testing.T, binary string, vars ...string) *process {
@@ -5735,9 +5918,10 @@ func startProcess(t *testing.T, binary string, vars ...string) *process {
 	t.Cleanup(func() { p.Process.Kill(); r.Close() })
 	r.SetReadDeadline(time.Now().Add(2 * patience))
 	line, err := p.lines.ReadString('\n')
-	_, rest, _ := strings.Cut(line, `"addresses":["`)
-	p.addr, _, _ = strings.Cut(rest, `"`)
-	if p.addr == "" {
+	json.Unmarshal([]byte(line), &p.start)
+	if addrs, _ := p.start["addresses"].([]any); len(addrs) > 0 {
+		p.addr = addrs[0].(string)
+	} else {
 		t.Fatalf("first line %q, %v", line, err)
 	}
 	return p
@@ -5757,10 +5941,7 @@ func (p *process) wantsExit(t *testing.T, within time.Duration) {
 }
 
 func TestProgram(t *testing.T) {
-	binary := filepath.Join(t.TempDir(), "sluice")
-	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	binary := buildBinary(t)
 	ask := func(t *testing.T, addr string) {
 		t.Helper()
 		if resp, _ := (&testProxy{addr: addr}).dial(t).ask("OPTIONS", "http://any.test", "Max-Forwards: 0"); resp.StatusCode != 200 {
@@ -5832,10 +6013,7 @@ func TestNoDescriptorForPipes(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("splice(2) is Linux's")
 	}
-	binary := filepath.Join(t.TempDir(), "sluice")
-	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	binary := buildBinary(t)
 	p := &testProxy{addr: startProcess(t, binary, "NOFILE=40", "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*").addr}
 	o := startOrigin(t)
 	c, end := p.openTunnel(t, o)

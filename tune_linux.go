@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path"
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
@@ -34,8 +35,6 @@ import (
 // ---------------------------------------------------------------------------------------------------------------------
 // Sockets
 
-const canReusePort = true
-
 // sockets makes connections, sets options on sockets before they listen or connect, and keeps pipes.
 type sockets struct {
 	deadPeer time.Duration
@@ -43,6 +42,20 @@ type sockets struct {
 	mu    sync.Mutex
 	pipes []*[2]int // empty, for reuse; guarded by mu
 	open  int       // pipes there are, in use too; guarded by mu
+}
+
+func (s *server) openListeners(ctx context.Context, addr string) error {
+	lc := net.ListenConfig{Control: s.sockets.listening, KeepAlive: -1} // accepted sockets inherit what Control sets
+	lc.SetMultipathTCP(false)                                           // splice(2) and the socket options want plain TCP
+	for range cmp.Or(s.cfg.Listeners, runtime.GOMAXPROCS(0)) {          // which minds the affinity mask and the cgroup's CPU quota
+		l, err := lc.Listen(ctx, "tcp", addr)
+		if err != nil {
+			return err
+		}
+		s.listeners = append(s.listeners, l.(*net.TCPListener))
+		addr = l.Addr().String() // port 0 is chosen once
+	}
+	return nil
 }
 
 // listening sets what accepted sockets inherit (tcp(7): the options of a listening socket are copied), so that no system
@@ -1052,6 +1065,7 @@ func (t *tunnel) leave() {
 	}
 	t.timer.Stop()
 	t.x.end, t.x.upBytes, t.x.downSize, t.x.closed = time.Now(), t.onward.bytes, t.backward.bytes, t.reason
+	t.x.srv.limits.tunnels.give(struct{}{})
 	t.x.record(nil)
 	t.up.close()
 	t.x.c.end()
@@ -1389,6 +1403,7 @@ func sysctls() []sysctl {
 // tuneKernel raises the descriptor limit and checks the sysctls. With TUNE=apply it writes those that fall short first.
 func tuneKernel(cfg *config, log *slog.Logger) {
 	raiseFiles(cfg.NOFILE)
+	limitMemory(int64(cfg.MemoryLimit))
 	if cfg.Tune == "off" {
 		return
 	}
@@ -1436,4 +1451,58 @@ func openFiles() int {
 	var limit unix.Rlimit
 	unix.Getrlimit(unix.RLIMIT_NOFILE, &limit)
 	return int(min(limit.Cur, maxFiles))
+}
+
+// limitMemory sets the heap's soft limit to want, or to 90% of the cgroup's limit when want is 0; the rest is for what the kernel and
+// the runtime need beside the heap.
+func limitMemory(want int64) {
+	if os.Getenv("GOMEMLIMIT") != "" {
+		return
+	}
+	if want == 0 {
+		want = cgroupMemory() / 10 * 9
+	}
+	if want > 0 {
+		debug.SetMemoryLimit(want)
+	}
+}
+
+// cgroupMemory is the least memory limit of this process's cgroup and those above it, 0 where there is none (cgroups(7); version 2:
+// memory.max, version 1: memory.limit_in_bytes). In a container the own one is usually seen as the root.
+func cgroupMemory() (least int64) {
+	text, _ := os.ReadFile("/proc/self/cgroup")
+	for line := range strings.Lines(string(text)) {
+		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(parts) != 3 || parts[1] != "" && parts[1] != "memory" {
+			continue
+		}
+		root, file := "/sys/fs/cgroup", "memory.max"
+		if parts[1] == "memory" {
+			root, file = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+		}
+		for dir := parts[2]; ; dir = path.Dir(dir) {
+			value, _ := readSetting(path.Join(root, dir, file))
+			n, err := strconv.ParseInt(value, 10, 64)
+			if err == nil && n > 0 && n < 1<<60 && (least == 0 || n < least) { // version 1 says "no limit" with a number near 1<<63
+				least = n
+			}
+			if dir == "/" || dir == "." {
+				break
+			}
+		}
+	}
+	return least
+}
+
+// connMemory is what a busy connection may take: a buffer of 16 kB on either side, twice that while a large head is read, stacks,
+// and the garbage that goes with them.
+const connMemory = 64 << 10
+
+// connLimit leaves some descriptors for listeners, epoll, the admin listener, resolvers and files, and takes two for each client.
+func connLimit() int {
+	n := max(1, (openFiles()-64)/2)
+	if memory := debug.SetMemoryLimit(-1); memory < math.MaxInt64 {
+		n = min(n, max(1, int(memory/connMemory)))
+	}
+	return n
 }

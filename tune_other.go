@@ -11,17 +11,24 @@ import (
 	"math"
 	"net"
 	"net/netip"
+	"os"
+	"runtime/debug"
 	"sync"
 	"syscall"
 	"time"
 )
 
-const canReusePort = false
-
 type sockets struct{ deadPeer time.Duration }
 
-func (*sockets) listening(network, address string, c syscall.RawConn) error { return nil }
-func (*sockets) close()                                                     {}
+func (*sockets) close() {}
+
+func (s *server) openListeners(ctx context.Context, addr string) error {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", addr)
+	if err == nil {
+		s.listeners = append(s.listeners, l.(*net.TCPListener))
+	}
+	return err
+}
 
 type stream = *net.TCPConn
 
@@ -41,8 +48,14 @@ func (s *server) dial(ctx context.Context, addrs []netip.AddrPort) (up *upstream
 	return nil, err
 }
 
-func tuneKernel(*config, *slog.Logger) {}
-func openFiles() int                   { return 0 }
+func tuneKernel(cfg *config, _ *slog.Logger) {
+	if cfg.MemoryLimit > 0 && os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(int64(cfg.MemoryLimit))
+	}
+}
+
+func openFiles() int { return 0 }
+func connLimit() int { return 0 }
 
 type pool struct{}
 
@@ -67,7 +80,6 @@ type wireIO struct{}
 
 func (*wireIO) prepare(*wire) {}
 
-func (w *wire) firedEarly() bool { return false }
 func (w *wire) readWithin(now time.Time, limit time.Duration) {
 	if limit == 0 {
 		w.tcp.SetReadDeadline(time.Time{})
@@ -153,6 +165,7 @@ func (x *exchange) relay(up *upstream) {
 	t.timer.Stop()
 	t.x.end, t.x.closed = time.Now(), t.reason
 	t.mu.Unlock()
+	t.x.srv.limits.tunnels.give(struct{}{})
 	t.x.record(nil)
 	up.close()
 	c.end()
