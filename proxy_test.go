@@ -1652,6 +1652,17 @@ func exchangeOver(c *peer, origin *testOrigin, fields string) {
 	up.Close()
 }
 
+// serveOnce has a request to a host answered by origin.
+func serveOnce(c *peer, origin *testOrigin, host string) {
+	c.t.Helper()
+	c.send("GET http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n", host)
+	up := origin.accept()
+	up.head()
+	up.send("%s", plainAnswer)
+	c.wants(plainGets)
+	up.Close()
+}
+
 // basic is a field with credentials.
 func basic(credentials string) string {
 	return "Proxy-Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte(credentials)) + "\r\n"
@@ -1797,12 +1808,7 @@ func TestAudit(t *testing.T) {
 				}
 				continue
 			}
-			c.send("GET http://%s:%s/ HTTP/1.1\r\nHost: x\r\n\r\n", host, port)
-			up := origin.accept()
-			up.head()
-			up.send("%s", plainAnswer)
-			c.wants(plainGets)
-			up.Close()
+			serveOnce(c, origin, host+":"+port)
 		}
 	}
 	for target, token := range map[string]string{"inner.test:" + port: tokenProhibited, "10.0.0.1:" + port: tokenProhibited, p.addr: tokenLoop, p.admin: tokenLoop} {
@@ -1849,13 +1855,7 @@ func TestContacts(t *testing.T) {
 	dns.set("a.test", dnsReply{addrs: "127.0.0.1"})
 	p := startProxy(t, "DNS_SERVERS="+dns.addr, "LOG_LEVEL=info", "LOG_SAMPLE=info=0", "DENY_HOSTS=denied.test", "POOL_IDLE=0")
 	for _, host := range []string{"z.test", "a.test", "A.TEST.", "z.test", "127.0.0.1", "z.test"} {
-		c := p.dial(t)
-		c.send("GET http://%s:%s/ HTTP/1.1\r\nHost: x\r\n\r\n", host, port)
-		up := origin.accept()
-		up.head()
-		up.send("%s", plainAnswer)
-		c.wants(plainGets)
-		up.Close()
+		serveOnce(p.dial(t), origin, host+":"+port)
 	}
 	client, up := p.openTunnel(t, origin)
 	client.Close()
