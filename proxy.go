@@ -165,7 +165,7 @@ type config struct {
 	AllowHosts             hostRules     `env:"ALLOW_HOSTS"`                                 // Destinations: `example.com` that name, `*.example.com` names below it, `.example.com` both, an IP, a CIDR, each with an optional `:port`. By default every host.
 	DenyHosts              hostRules     `env:"DENY_HOSTS"`                                  // Destinations that are denied, in the same grammar; wins over SLUICE_ALLOW_HOSTS. IPs and CIDRs also stand for the names that resolve to them.
 	AllowPorts             portSet       `env:"ALLOW_PORTS" envDefault:"80,443"`             // Destination ports and ranges, as in `80,443,8000-8099`; `*` = all.
-	AllowPrivateHosts      hostRules     `env:"ALLOW_PRIVATE_HOSTS"`                         // Names that may resolve to addresses that are not public (compose service names), in the grammar of SLUICE_ALLOW_HOSTS; link-local and metadata addresses must be named themselves.
+	AllowPrivateHosts      hostRules     `env:"ALLOW_PRIVATE_HOSTS"`                         // Names that may resolve to addresses that are not public (compose service names), in the grammar of SLUICE_ALLOW_HOSTS: to private, unique-local, shared, site-local, loopback, documentation and benchmarking ones. Others, such as link-local, need SLUICE_ALLOW_CIDRS.
 	AllowCIDRs             prefixes      `env:"ALLOW_CIDRS"`                                 // Addresses allowed although they are not public, as in `10.20.0.0/16,127.0.0.1`.
 	DenyCIDRs              prefixes      `env:"DENY_CIDRS"`                                  // Addresses denied although they are public; wins over SLUICE_ALLOW_CIDRS and SLUICE_ALLOW_PRIVATE_HOSTS.
 	MaxConns               int           `env:"MAX_CONNS" envDefault:"0"`                    // Client connections; the newest above that get a 503. 0 = from the descriptor limit (two for each, and a reserve) and the memory limit.
@@ -267,8 +267,13 @@ func gather(environ []string, vars []variable) (values map[string]string, bad co
 			bad = append(bad, fmt.Sprintf("%s: given twice, directly and as %s_FILE", key, key))
 		} else if path != "" {
 			text, err := os.ReadFile(path)
-			if err != nil {
-				bad = append(bad, fmt.Sprintf("%s_FILE=%q: %v", key, path, err))
+			if pe, _ := errors.AsType[*os.PathError](err); pe != nil {
+				err = pe.Err // without the path, which may be a secret in the wrong place
+			} else if len(bytes.TrimSpace(text)) == 0 && (v.name == "USERS" || v.name == "ALLOW_HOSTS") {
+				err = errors.New("is empty, which must not mean that there is no restriction")
+			}
+			if v.value = path; err != nil {
+				bad = append(bad, fmt.Sprintf("%s_FILE=%q: %v", key, v.shown(), err))
 			}
 			v.value, v.origin = strings.TrimSpace(string(text)), path
 		}
@@ -498,11 +503,11 @@ func (r *hostRules) add(text string) bool {
 		}
 		host = host[:i]
 	}
-	inner, bracketed := strings.CutPrefix(host, "[")
+	bracketed := strings.HasPrefix(host, "[") && strings.HasSuffix(host, "]")
 	if bracketed {
-		inner, bracketed = strings.CutSuffix(inner, "]")
+		host = host[1 : len(host)-1]
 	}
-	if block, ok := parsePrefix(inner); ok && (bracketed || bare || block.Addr().Is4()) {
+	if block, ok := parsePrefix(host); ok && (bracketed || bare || block.Addr().Is4()) {
 		if r.nets.values[block] == nil {
 			r.nets.put(block, map[uint16]string{})
 		}
@@ -515,8 +520,8 @@ func (r *hostRules) add(text string) bool {
 	if dotted && !below {
 		r.names[hostPort{name, port}] = text
 	}
-	_, valid := parseHost([]byte(name))
-	return valid && (dotted || !below)
+	ip, valid := parseHost([]byte(name))
+	return valid && !ip.IsValid() && !strings.HasSuffix(name, ".") && all([]byte(text), targetOctet) && !bracketed && (dotted || !below)
 }
 
 // match gives the rule that covers host (lower case, no trailing dot; may be nil) or ip (may be invalid), and port, "" if none does.
@@ -544,11 +549,15 @@ func (u *users) UnmarshalText(text []byte) error {
 	*u = users{}
 	for item := range strings.FieldsFuncSeq(string(text), func(r rune) bool { return strings.ContainsRune(",\r\n", r) }) {
 		name, secret, _ := strings.Cut(strings.TrimSpace(item), ":")
-		_, err := bcrypt.Cost([]byte(secret))
-		if _, twice := (*u)[name]; name == "" || secret == "" || twice || strings.HasPrefix(secret, "$2") && err != nil {
-			return fmt.Errorf("entry %d is not name:password or name:bcrypt-hash, or its name stands twice", len(*u)+1) // no word of a secret
+		cost, err := bcrypt.Cost([]byte(secret))
+		foreign := err != nil && (strings.HasPrefix(secret, "$") || strings.HasPrefix(secret, "{")) // as htpasswd makes by default
+		if _, twice := (*u)[name]; name == "" || secret == "" || twice || foreign || cost > 14 {
+			return fmt.Errorf("entry %d is not name:password or name:bcrypt-hash of cost 4 to 14, or its name stands twice", len(*u)+1) // no word of a secret
 		}
 		(*u)[name] = secret
+	}
+	if len(*u) == 0 {
+		return errors.New("names nobody")
 	}
 	return nil
 }
@@ -583,7 +592,7 @@ type server struct {
 }
 
 func newServer(cfg *config, log *logger) (s *server, err error) {
-	s = &server{cfg: *cfg, log: log, reached: contacts{keys: map[string]bool{}}, doubtful: contacts{keys: map[string]bool{}},
+	s = &server{cfg: *cfg, log: log, reached: contacts{keys: map[string]bool{}}, doubtful: contacts{keys: map[string]bool{}, all: true},
 		pool: newPool(cfg), gate: newGatekeeper(cfg.Users), hop: []byte(cfg.Name + "\r\n")}
 	s.names = &resolver{cfg: cfg, answers: map[string]*dnsAnswer{}}
 	s.admin = newAdmin(s)
@@ -594,8 +603,6 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 		x.awaitClient, x.awaitOrigin = x.armClient, x.armOrigin
 		return x
 	}
-	const long = 15 * time.Minute
-	s.sockets.deadPeer = max(cmp.Or(cfg.TunnelIdleTimeout, long), cmp.Or(cfg.BodyTimeout, long), time.Minute)
 	s.watcher, err = newWatcher()
 	return s, err
 }
@@ -622,7 +629,7 @@ func (s *server) listen(ctx context.Context) error {
 		})
 	}
 	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
-		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
+		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "users", len(s.cfg.Users), "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
 		"max_conns", s.limits.conns.most, "memory_limit", debug.SetMemoryLimit(-1), "max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 	s.behind.Go(s.watcher.run)
 	for _, l := range s.listeners {
@@ -692,15 +699,13 @@ func (s *server) close() {
 // isOwn reports whether ap is where this process listens: a connection there would come back to it.
 func (s *server) isOwn(ap netip.AddrPort) bool {
 	ap = netip.AddrPortFrom(ap.Addr().WithZone(""), ap.Port())
+	isLocal := func(a netip.Addr) bool { // of this host; asked about ports that Sluice listens on alone, so it may be slow
+		addrs, _ := net.InterfaceAddrs()
+		return a.IsLoopback() || slices.ContainsFunc(addrs, func(i net.Addr) bool { return strings.HasPrefix(i.String(), a.String()+"/") })
+	}
 	return slices.ContainsFunc(s.own, func(o netip.AddrPort) bool {
 		return o.Port() == ap.Port() && (o.Addr() == ap.Addr() || ap.Addr().IsUnspecified() || o.Addr().IsUnspecified() && isLocal(ap.Addr()))
 	})
-}
-
-// isLocal reports whether an address is this host's. It is asked about ports that Sluice listens on alone, so it may be slow.
-func isLocal(a netip.Addr) bool {
-	addrs, _ := net.InterfaceAddrs()
-	return a.IsLoopback() || slices.ContainsFunc(addrs, func(i net.Addr) bool { return strings.HasPrefix(i.String(), a.String()+"/") })
 }
 
 func addrPort(a net.Addr) netip.AddrPort {
@@ -820,8 +825,8 @@ func (c *client) end() {
 	c.drop()
 	c.srv.clients.Delete(c)
 	if c.counted {
-		c.srv.limits.conns.give(struct{}{})
-		c.srv.limits.clients.give(c.site)
+		c.srv.limits.conns.add(struct{}{}, -1)
+		c.srv.limits.clients.add(c.site, -1)
 	}
 	c.srv.log.debug("client closed", c.addr)
 	c.srv.serving.Done()
@@ -896,26 +901,19 @@ type quota[K comparable] struct {
 	used map[K]int // guarded by mu
 }
 
-// take counts one more, or reports that there are as many as there may be.
-func (q *quota[K]) take(key K) bool {
+// add counts n more (1) or less (-1), or reports that there are as many as there may be.
+func (q *quota[K]) add(key K, n int) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.most > 0 && q.used[key] >= q.most {
+	if n > 0 && q.most > 0 && q.used[key] >= q.most {
 		return false
 	} else if q.used == nil {
 		q.used = map[K]int{}
 	}
-	q.used[key]++
-	return true
-}
-
-// give counts one less.
-func (q *quota[K]) give(key K) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.used[key]--; q.used[key] == 0 {
+	if q.used[key] += n; q.used[key] == 0 {
 		delete(q.used, key)
 	}
+	return true
 }
 
 // limits are how many there may be of what clients make.
@@ -935,10 +933,10 @@ func (c *client) enter() *failure {
 	}
 	if c.srv.cfg.AllowClients.find(c.addr) == "" {
 		return fail(403, tokenDenied, "client address %s is not allowed (SLUICE_ALLOW_CLIENTS)", c.addr)
-	} else if !l.conns.take(struct{}{}) {
+	} else if !l.conns.add(struct{}{}, 1) {
 		return fail(503, tokenLimit, "%d client connections are open, as many as there may be (SLUICE_MAX_CONNS)", l.conns.most)
-	} else if !l.clients.take(c.site) {
-		l.conns.give(struct{}{})
+	} else if !l.clients.add(c.site, 1) {
+		l.conns.add(struct{}{}, -1)
 		return fail(503, tokenLimit, "%d connections from %s are open, as many as there may be (SLUICE_MAX_CONNS_PER_CLIENT)", l.clients.most, c.site)
 	}
 	c.counted = true
@@ -1178,7 +1176,7 @@ type head struct {
 	chunked, websocket, trailers bool   // Transfer-Encoding: chunked; Upgrade: websocket; TE: trailers
 	close, keepAlive, switchOver bool   // Connection: close, keep-alive, upgrade
 	dated, looped, login         bool   // has a Date; Via names this hop; logs the connection in, not the request
-	host, trace, credentials     []byte // values of Host, traceparent and Proxy-Authorization
+	host, trace, credentials     []byte // values of Host, traceparent, Proxy-Authorization: Basic
 }
 
 func (h *head) reset(raw []byte) {
@@ -1241,7 +1239,9 @@ func (h *head) note(name, value, hop []byte) (kind fieldKind, err error) {
 	switch string(name) {
 	case "keep-alive", "proxy-authenticate":
 	case "proxy-authorization":
-		h.credentials = value
+		if scheme, token, _ := bytes.Cut(value, []byte{' '}); equalFold(scheme, "basic") {
+			h.credentials = trim(token)
+		}
 	case "host":
 		h.hosts++
 		h.host = value
@@ -1417,7 +1417,7 @@ func (x *exchange) serve() {
 	isTunnel := f == nil && (x.connect || x.upgrades())
 	switch {
 	case f != nil:
-	case isTunnel && !x.srv.limits.tunnels.take(struct{}{}):
+	case isTunnel && !x.srv.limits.tunnels.add(struct{}{}, 1):
 		f, isTunnel = fail(503, tokenLimit, "%d tunnels are open, as many as there may be (SLUICE_MAX_TUNNELS)", x.srv.cfg.MaxTunnels), false
 	case x.connect:
 		f = x.tunnel()
@@ -1431,7 +1431,7 @@ func (x *exchange) serve() {
 		return
 	}
 	if isTunnel {
-		x.srv.limits.tunnels.give(struct{}{})
+		x.srv.limits.tunnels.add(struct{}{}, -1)
 	}
 	x.conclude(f)
 }
@@ -1617,8 +1617,11 @@ func (x *exchange) admit() *failure {
 	case x.srv.draining.Load():
 		x.keep = false
 		return fail(503, tokenLimit, "this proxy is draining: it takes no more requests")
-	case !x.authenticate():
-		return fail(407, tokenDenied, "the credentials for this proxy are missing or wrong (SLUICE_USERS)")
+	}
+	if f := x.authenticate(); f != nil {
+		return f
+	}
+	switch {
 	case x.req.looped:
 		return fail(502, tokenLoop, "the request came back to this proxy: Via names %s (SLUICE_NAME)", x.srv.cfg.Name)
 	case x.dst.ip.IsValid() && x.srv.isOwn(netip.AddrPortFrom(x.dst.ip, x.dst.port)):
@@ -1654,27 +1657,26 @@ func (x *exchange) unlessAudited(f *failure) *failure {
 	return nil
 }
 
-// maxContacts is how many destinations are remembered. A hostile client may choose them, 260 bytes each.
-const maxContacts = 1000
-
 // contacts remembers destinations, so that the first contact with each can be told of.
 type contacts struct {
 	mu   sync.Mutex
 	keys map[string]bool // destination.key; guarded by mu
 	more int             // contacts with destinations for which there was no room; guarded by mu
+	all  bool            // those are taken for new
 }
 
-// first reports whether d is new here. For a destination beyond maxContacts it never does.
+// first reports whether d is new here.
 func (c *contacts) first(d *destination) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	known, full := c.keys[string(d.key)], len(c.keys) == maxContacts
+	const most = 1000 // hostile clients may choose them, 260 bytes each
+	known, full := c.keys[string(d.key)], len(c.keys) == most
 	if !known && full {
 		c.more++
 	} else if !known {
 		c.keys[string(d.key)] = true
 	}
-	return !known && !full
+	return !known && (!full || c.all)
 }
 
 // list says where connections went, as values to be pasted into an environment.
@@ -1683,54 +1685,63 @@ func (c *contacts) list(log *slog.Logger) {
 	defer c.mu.Unlock()
 	rules, ports := []string{}, map[string]bool{}
 	for key := range c.keys {
-		colon := strings.LastIndexByte(key, ':')
-		rules, ports[key[colon+1:]] = append(rules, net.JoinHostPort(key[:colon], key[colon+1:])), true
+		i := strings.LastIndexByte(key, ':')
+		rules, ports[key[i+1:]] = append(rules, net.JoinHostPort(key[:i], key[i+1:])), true
 	}
 	slices.Sort(rules)
-	if len(rules) > 0 {
-		log.Info("destinations", "allow_hosts", envPrefix+"ALLOW_HOSTS="+strings.Join(rules, ","), "count", len(rules), "contacts_with_others", c.more,
-			"allow_ports", envPrefix+"ALLOW_PORTS="+strings.Join(slices.Sorted(maps.Keys(ports)), ","))
-	}
+	log.Info("destinations", "allow_hosts", envPrefix+"ALLOW_HOSTS="+strings.Join(rules, ","), "count", len(rules), "contacts_with_others", c.more,
+		"allow_ports", envPrefix+"ALLOW_PORTS="+strings.Join(slices.Sorted(maps.Keys(ports)), ","))
 }
 
-// authenticate takes note of who asks, and reports whether that satisfies SLUICE_USERS.
-func (x *exchange) authenticate() bool {
-	if len(x.srv.cfg.Users) > 0 {
-		x.user = x.srv.gate.verify(x.req.credentials, x.start)
+// authenticate takes note of who asks, where SLUICE_USERS wants to know.
+func (x *exchange) authenticate() (f *failure) {
+	if len(x.srv.cfg.Users) == 0 {
+		return nil
 	}
-	return x.user != "" || len(x.srv.cfg.Users) == 0
+	g, token := x.srv.gate, x.req.credentials
+	digest := g.digest(token)
+	if x.user = g.recall(digest, x.start); x.user == "" && g.decoy != "" {
+		ctx, cancel := context.WithCancel(context.Background())
+		x.c.track(nil, cancel, nil) // the client may leave, or the drain cut it, while others are checked
+		x.user, f = g.check(ctx, token, digest)
+		x.c.track(nil, nil, nil)
+		cancel()
+	}
+	if x.user == "" && f == nil {
+		f = fail(407, tokenDenied, "the credentials for this proxy are missing or wrong (SLUICE_USERS)")
+	}
+	return f
 }
 
-const (
-	verifiedFor = 10 * time.Minute // how long credentials are remembered that matched a bcrypt hash
-	maxKnown    = 4096             // credentials kept
-)
+// verifiedFor is how long credentials are remembered that matched a bcrypt hash, from when they were last used.
+const verifiedFor = 10 * time.Minute
 
-// gatekeeper checks Basic credentials (RFC 7617). It knows them by a digest with a secret of its own: how long a look-up of that takes
-// says nothing about a password, and a memory dump holds none but those of SLUICE_USERS.
+// gatekeeper checks Basic credentials (RFC 7617). It knows them by a digest with a secret of its own, so that how long a look-up
+// takes says nothing about a password.
 type gatekeeper struct {
 	secret [32]byte
 	hashes map[string]string // bcrypt hashes by user
-	decoy  string            // the slowest of them, for those who have none: an unknown name takes as long as a known one
-	slow   sync.Mutex        // held while bcrypt runs: guessing takes one CPU at most
+	decoy  string            // the slowest of them, for names without one: these take as long as those, where all have the same cost
+	queue  chan struct{}     // those who wait for bcrypt, or run it
+	slow   chan struct{}     // the one who runs it: guessing takes one CPU at most
 
 	mu    sync.RWMutex
-	known map[[32]byte]verified // by digest; guarded by mu
+	known map[[32]byte]*verified // by digest, no more than one for each user; guarded by mu
 }
 
 type verified struct {
 	user  string
-	until time.Time // zero = for ever: it was given as a password
+	until atomic.Int64 // Unix time in ns
 }
 
 func newGatekeeper(list users) *gatekeeper {
-	g := &gatekeeper{hashes: map[string]string{}, known: map[[32]byte]verified{}}
+	g := &gatekeeper{hashes: map[string]string{}, known: map[[32]byte]*verified{}, queue: make(chan struct{}, 32), slow: make(chan struct{}, 1)}
 	crand.Read(g.secret[:]) // never fails (crypto/rand)
 	slowest := 0
 	for user, secret := range list {
 		cost, err := bcrypt.Cost([]byte(secret))
 		if err != nil {
-			g.known[g.digest(base64.StdEncoding.AppendEncode(nil, []byte(user+":"+secret)))] = verified{user: user}
+			g.remember(g.digest(base64.StdEncoding.AppendEncode(nil, []byte(user+":"+secret))), user, math.MaxInt64)
 		} else if g.hashes[user] = secret; cost > slowest {
 			slowest, g.decoy = cost, secret
 		}
@@ -1743,45 +1754,56 @@ func (g *gatekeeper) digest(token []byte) [32]byte {
 	return sha256.Sum256(append(append(room[:0], g.secret[:]...), token...))
 }
 
-// verify gives the user whose credentials stand in a Proxy-Authorization field, "" when they are wrong.
-func (g *gatekeeper) verify(field []byte, now time.Time) (user string) {
-	scheme, token, _ := bytes.Cut(field, []byte{' '})
-	if !equalFold(scheme, "basic") {
-		return ""
-	}
-	token = trim(token)
-	digest := g.digest(token)
-	if user = g.recall(digest, now); user != "" || g.decoy == "" {
-		return user
-	}
-	g.slow.Lock()
-	defer g.slow.Unlock()
-	if user = g.recall(digest, now); user != "" { // verified while this waited
-		return user
-	}
-	text, _ := base64.StdEncoding.DecodeString(string(token)) // what is malformed has no user
-	name, password, _ := strings.Cut(string(text), ":")
-	hash, known := g.hashes[name]
-	if bcrypt.CompareHashAndPassword([]byte(cmp.Or(hash, g.decoy)), []byte(password)) != nil || !known {
-		return ""
-	}
+func (g *gatekeeper) remember(digest [32]byte, user string, until int64) {
+	v := &verified{user: user}
+	v.until.Store(until)
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	if len(g.known) >= maxKnown { // hardly ever: few passwords match a hash
-		maps.DeleteFunc(g.known, func(_ [32]byte, v verified) bool { return !v.until.IsZero() })
-	}
-	g.known[digest] = verified{name, time.Now().Add(verifiedFor)}
-	return name
+	g.known[digest] = v
+	g.mu.Unlock()
 }
 
-// recall gives the user whose credentials have this digest, if that is known without bcrypt.
+// recall gives the user whose credentials have this digest, "" if that is not known.
 func (g *gatekeeper) recall(digest [32]byte, now time.Time) string {
 	g.mu.RLock()
-	defer g.mu.RUnlock()
-	if v := g.known[digest]; v.until.IsZero() || now.Before(v.until) {
-		return v.user
+	v := g.known[digest]
+	g.mu.RUnlock()
+	if v == nil || v.until.Load() < now.UnixNano() {
+		return ""
 	}
-	return ""
+	if next := now.Add(verifiedFor).UnixNano(); next-v.until.Load() > int64(verifiedFor/2) {
+		v.until.Store(next)
+	}
+	return v.user
+}
+
+// check asks bcrypt, until ctx ends. One spelling of one password matches a hash: bcrypt sees no more than 72 bytes, up to a NUL.
+func (g *gatekeeper) check(ctx context.Context, token []byte, digest [32]byte) (user string, f *failure) {
+	text, err := base64.StdEncoding.Strict().DecodeString(string(token))
+	name, password, whole := strings.Cut(string(text), ":")
+	if err != nil || !whole || len(password) > 72 || strings.Contains(password, "\x00") {
+		return "", nil
+	}
+	select {
+	case g.queue <- struct{}{}:
+		defer func() { <-g.queue }()
+	default:
+		return "", fail(503, tokenLimit, "too many credentials wait to be checked")
+	}
+	select {
+	case g.slow <- struct{}{}:
+		defer func() { <-g.slow }()
+	case <-ctx.Done():
+		return "", fail(0, tokenClient, "the client left while its credentials waited to be checked")
+	}
+	if user = g.recall(digest, time.Now()); user != "" { // verified while this waited
+		return user, nil
+	}
+	hash, known := g.hashes[name]
+	if bcrypt.CompareHashAndPassword([]byte(cmp.Or(hash, g.decoy)), []byte(password)) != nil || !known {
+		return "", nil
+	}
+	g.remember(digest, name, time.Now().Add(verifiedFor).UnixNano())
+	return name, nil
 }
 
 // addressClass says what kind of destination an address is.
@@ -1799,11 +1821,6 @@ var classes = func() (p prefixes) {
 	}
 	return p
 }()
-
-// classOf tells the class of an address by itself, whatever it embeds.
-func classOf(a netip.Addr) addressClass { return addressClass(classes.find(a)) }
-
-const maxFaces = 6
 
 // faces appends the addresses that a packet to a may end up at, each of which is judged: a itself (unmapped, without its zone) and the
 // IPv4 addresses that it embeds, to which a translator, relay or tunnel on the way would send it.
@@ -1837,28 +1854,28 @@ func faces(list []netip.Addr, a netip.Addr) []netip.Addr {
 
 // judge picks the addresses that may be dialled, and says why the first that may not is refused.
 func (x *exchange) judge(addrs []netip.Addr) (allowed []netip.AddrPort, refused *failure) {
-	deny := &x.srv.cfg.DenyHosts
+	deny, denied := &x.srv.cfg.DenyHosts, (*failure)(nil)
 	for {
 		for _, a := range addrs {
 			if f := x.srv.obstacle(&x.dst, a, deny); f == nil {
-				allowed = append(allowed, netip.AddrPortFrom(a, x.dst.port))
-			} else {
-				refused = cmp.Or(refused, f)
+				allowed = append(allowed, netip.AddrPortFrom(a.Unmap(), x.dst.port))
+			} else if refused = cmp.Or(refused, f); f.token == tokenDenied {
+				denied = f
 			}
 		}
-		if len(allowed) > 0 || refused.token != tokenDenied || x.unlessAudited(refused) != nil {
+		if len(allowed) > 0 || denied == nil || x.unlessAudited(denied) != nil {
 			return allowed, refused
 		}
-		deny, refused = &hostRules{}, nil
+		deny, refused, denied = &hostRules{}, nil, nil
 	}
 }
 
 // obstacle is why an address of d may not be dialled, nil if it may: by a block of DENY_CIDRS or deny, or because it is not public
 // and neither ALLOW_CIDRS nor ALLOW_PRIVATE_HOSTS let it through.
 func (s *server) obstacle(d *destination, a netip.Addr, deny *hostRules) *failure {
-	var room [maxFaces]netip.Addr
+	var room [6]netip.Addr // no address has more
 	for _, face := range faces(room[:0], a) {
-		class := classOf(face)
+		class := addressClass(classes.find(face))
 		if s.isOwn(netip.AddrPortFrom(face, d.port)) {
 			return fail(502, tokenLoop, "%s is this proxy itself", d.key)
 		} else if block := s.cfg.DenyCIDRs.find(face); block != "" {
@@ -1869,7 +1886,7 @@ func (s *server) obstacle(d *destination, a netip.Addr, deny *hostRules) *failur
 			continue
 		}
 		variables := "SLUICE_ALLOW_CIDRS"
-		if !slices.Contains([]addressClass{"unspecified", "broadcast", "multicast", "link-local", "metadata"}, class) { // no DNS answer shall lead there
+		if slices.Contains([]addressClass{"private", "unique-local", "shared", "site-local", "loopback", "documentation", "benchmarking"}, class) {
 			if s.cfg.AllowPrivateHosts.match(d.host, d.ip, d.port) != "" {
 				continue
 			}
@@ -1885,7 +1902,7 @@ func (s *server) obstacle(d *destination, a netip.Addr, deny *hostRules) *failur
 func (d *destination) refuse(status int, token string, a netip.Addr, what string) *failure {
 	f := fail(status, token, "%s is %s", d.host, what)
 	if !d.ip.IsValid() {
-		f = fail(status, token, "%s resolves to %s", d.host, what).because(errors.New(a.String()))
+		f = fail(status, token, "%s resolves to %s", d.host, what).because(errors.New(a.Unmap().String()))
 	}
 	return f
 }
@@ -1944,7 +1961,11 @@ func (r *resolver) askOne(host, server string, limit time.Duration) ([]netip.Add
 		}
 		return conn, err
 	}}
-	addrs, err := system.LookupNetIP(ctx, "ip", host)
+	files := net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) { return nil, net.ErrClosed }}
+	if addrs, err := files.LookupNetIP(ctx, "ip", host); err == nil { // the hosts file has short names without a final dot
+		return addrs, nil
+	}
+	addrs, err := system.LookupNetIP(ctx, "ip", host+".") // as it is: rules have not judged what a search list would make of it
 	if dns, isDNS := errors.AsType[*net.DNSError](err); isDNS && !dns.IsNotFound && silent.Load() {
 		dns.IsTimeout = true
 	}
@@ -1986,7 +2007,7 @@ func (r *resolver) refresh(host string, a, old *dnsAnswer) {
 	defer r.mu.Unlock()
 	now := time.Now()
 	if err == nil {
-		a.addrs, a.learned = interleave(addrs[:min(len(addrs), maxAddresses)]), now
+		a.addrs, a.learned = addrs[:min(len(addrs), maxAddresses)], now
 	} else if old != nil && !gone && now.Sub(old.learned) < r.cfg.DNSStale {
 		a.addrs, a.learned = old.addrs, old.learned
 	} else {
@@ -1995,19 +2016,6 @@ func (r *resolver) refresh(host string, a, old *dnsAnswer) {
 	}
 	a.next = now.Add(r.cfg.DNSCacheTTL)
 	close(a.done)
-}
-
-// interleave orders addresses so that the families take turns, beginning with that of the first (RFC 8305, 4).
-func interleave(addrs []netip.Addr) []netip.Addr {
-	rank, next := map[netip.Addr]int{}, map[bool]int{true: 0, false: 1} // by whether an address is of the family of the first
-	for i, a := range addrs {
-		addrs[i] = a.Unmap()
-		first := addrs[i].Is4() == addrs[0].Is4()
-		rank[addrs[i]] = next[first]
-		next[first] += 2
-	}
-	slices.SortFunc(addrs, func(a, b netip.Addr) int { return rank[a] - rank[b] })
-	return slices.Compact(addrs)
 }
 
 // dialUpstream resolves, judges and connects. The whole of it ends when DIAL_TIMEOUT is over or the client has left.
@@ -2463,7 +2471,8 @@ func (b *body) nextBuffered() (data []byte, done bool, err error) {
 		data, err = b.nextChunks()
 		done = b.state == chunkDone
 	} else {
-		data = b.takeLeft()
+		data = b.w.take(b.left)
+		b.left -= int64(len(data))
 		done = b.left == 0
 	}
 	if b.size += int64(len(data)); b.limit > 0 && b.size > b.limit {
@@ -2471,13 +2480,6 @@ func (b *body) nextBuffered() (data []byte, done bool, err error) {
 	}
 	b.ended.Store(done)
 	return data, done, err
-}
-
-// takeLeft takes what is here of left.
-func (b *body) takeLeft() []byte {
-	data := b.w.take(b.left)
-	b.left -= int64(len(data))
-	return data
 }
 
 // fill waits for more of the body.
@@ -2501,7 +2503,8 @@ func (b *body) nextChunks() (data []byte, err error) {
 			}
 			continue
 		}
-		piece := b.takeLeft()
+		piece := b.w.take(b.left)
+		b.left -= int64(len(piece))
 		more = len(piece) > 0
 		if len(data) == 0 {
 			data = piece
@@ -2969,10 +2972,9 @@ func askHealth(environ []string) error {
 // tune_linux.go and tune_other.go each define:
 //
 //	(*server).openListeners      appends to server.listeners one for an address, or where they can share it, one per CPU
-//	sockets                      deadPeer is when a peer that acknowledges nothing is given up; close frees what is kept
+//	sockets                      what they need; close frees what is kept
 //	stream                       a connection: the methods of *net.TCPConn that are used
-//	(*server).dial(ctx, addrs)   connects to the first address that answers, until ctx ends; an error is a *net.OpError, with that of
-//	                             ctx when it ended
+//	(*server).dial(ctx, addrs)   connects to the first address that answers, until ctx ends; an error is a *net.OpError, with that of ctx
 //	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, sets the heap's limit, checks (TUNE=apply: writes) sysctls, and warns of what falls short
 //	openFiles() int              the descriptor limit in force, 0 where there is none
 //	connLimit() int              how many client connections descriptors and memory are enough for, 0 where that is not known
@@ -2989,8 +2991,7 @@ func askHealth(environ []string) error {
 //	(*client).await              waits for a request, holding no buffer, and may serve those that need nothing more from the client;
 //	                             more = there is one to be read, or left. After parkAfter it may have the watcher call serve when
 //	                             there is something to read: parked, until unpark returns true
-//	tunnel                       carries bytes both ways until both have ended (RFC 9110, 9.3.6), passing half-closes on; bytes in
-//	                             either direction keep both alive
+//	tunnel                       carries bytes both ways until both have ended (RFC 9110, 9.3.6), passing half-closes on
 //	(*exchange).relay(up)        hands the exchange, its client's connection and up over to a tunnel, perhaps until that has ended
 //	(*tunnel).end(reason)        ends it; the first reason to do so stays
 //	(*bodyWriter).splice         moves the rest of a body in the kernel, or nothing

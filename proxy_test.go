@@ -40,6 +40,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/crypto/bcrypt"
 	"golang.org/x/net/dns/dnsmessage"
@@ -1390,7 +1391,7 @@ func TestMalformedChunks(t *testing.T) {
 // classify tells what keeps an address from being public: its own class, or that of the IPv4 address that it embeds.
 func classify(a netip.Addr) addressClass {
 	for _, face := range faces(nil, a) {
-		if class := classOf(face); class != classPublic {
+		if class := addressClass(classes.find(face)); class != classPublic {
 			return class
 		}
 	}
@@ -1461,7 +1462,11 @@ func TestClassify(t *testing.T) {
 		{"4000::/3", "public", "reserved", "reserved"},
 		{"5f00::/16", "reserved", "reserved", "segment-routing"},
 		{"fc00::/7", "reserved", "reserved", "unique-local"},
-		{"fd00:ec2::254/128", "unique-local", "unique-local", "metadata"},
+		{"fd00:42::42/128", "unique-local", "unique-local", "metadata"},
+		{"fd00:c1::a9fe:a9fe/128", "unique-local", "unique-local", "metadata"},
+		{"fd00:100::100:200/128", "unique-local", "unique-local", "metadata"},
+		{"fd00:ec2::/32", "unique-local", "unique-local", "metadata"},
+		{"fd00:a9fe:a9fe::1/128", "unique-local", "unique-local", "metadata"},
 		{"fd20:ce::254/128", "unique-local", "unique-local", "metadata"},
 		{"fe80::/10", "reserved", "site-local", "link-local"},
 		{"fec0::/10", "link-local", "multicast", "site-local"},
@@ -1542,7 +1547,7 @@ func TestHostRules(t *testing.T) {
 			t.Errorf("%s: %v, want %v", authority, got, want)
 		}
 	}
-	for _, bad := range []string{"*example.com", "*", "a..b", "a.example:0", "a.example:x", "a.*.example", "10.0.0.0/33", "0x7f.1", "[::1", "::1]", "[10.0.0.1]",
+	for _, bad := range []string{"*example.com", "*", "a..b", "a.example:0", "a.example:x", "a.*.example", "10.0.0.0/33", "0x7f.1", "[::1", "::1]", "[1.2.3.4", "[1.2.3.4:80", "[a.example]", "8.8.8.8.", "*.8.8.8.8", "evil.test..", "[10.0.0.1]",
 		"2001:db8::/32:443", "[::1]:", "[::1]:0", "fe80::1%eth0", "bücher.example", "http://a.example", "a.example/", "user@a.example", "..", ".",
 		"*.", "*..a", "10.0.0.0/8:x", "1.2.3", "a.example:65536", "a.example:+1", "::ffff:10.0.0.0/104", strings.Repeat("a", 64) + ".example"} {
 		if err := rules.UnmarshalText([]byte(bad)); err == nil || !strings.Contains(err.Error(), bad) {
@@ -1725,7 +1730,8 @@ func TestSecretsAreNotShown(t *testing.T) {
 	if row := envRow(stdout, "USERS"); !strings.Contains(row, "(redacted)") || strings.Contains(stdout, "topsecret") || strings.Contains(stdout, "ann") {
 		t.Errorf("%s", row)
 	}
-	for _, value := range []string{"topsecret", ":topsecret", "topsecret:", "ann:topsecret,ann:topsecret", "ann:$2a$10$topsecret", "ann:$2topsecret", ",:,topsecret"} {
+	for _, value := range []string{"topsecret", ":topsecret", "topsecret:", "ann:topsecret,ann:topsecret", "ann:$2a$10$topsecret", "ann:$2topsecret", ",:,topsecret", "ann:$apr1$topsecret", "ann:{SHA}topsecret",
+		"ann:" + strings.Replace(hashOf(t, "topsecret", 4), "$04$", "$31$", 1)} {
 		status, _, stderr := sluice([]string{"env"}, prefixed("USERS="+value)...)
 		if status != 2 || !strings.Contains(stderr, "SLUICE_USERS=\"(redacted)\": entry ") || strings.Contains(stderr, "topsecret") {
 			t.Errorf("%s: status %d, %s", value, status, stderr)
@@ -1733,51 +1739,112 @@ func TestSecretsAreNotShown(t *testing.T) {
 	}
 }
 
+// A list of users or hosts that never came does not mean that there is no restriction.
+func TestEmptyRestrictions(t *testing.T) {
+	empty := filepath.Join(t.TempDir(), "empty")
+	os.WriteFile(empty, []byte(" \n"), 0o600)
+	for _, variable := range []string{"USERS_FILE=" + empty, "ALLOW_HOSTS_FILE=" + empty, "USERS=,", "USERS_FILE=ann:topsecret"} {
+		status, _, stderr := sluice([]string{"env"}, prefixed(variable)...)
+		if name, _, _ := strings.Cut(variable, "="); status != 2 || !strings.Contains(stderr, "SLUICE_"+name) || strings.Contains(stderr, "topsecret") {
+			t.Errorf("%s: status %d, %s", variable, status, stderr)
+		}
+	}
+	s := testServer(t, "ALLOW_HOSTS=,")
+	var d destination
+	d.parse([]byte("a.test:80"), 0)
+	if s.ruleOut(&d) == nil {
+		t.Error("ALLOW_HOSTS=, allows a.test")
+	}
+}
+
 // What matched a bcrypt hash is remembered, for a while, and only that.
 func TestVerifiedCredentials(t *testing.T) {
-	g := newGatekeeper(users{"ann": hashOf(t, "secret", 4), "bob": "plain"})
-	field := func(text string) []byte {
-		return []byte(strings.TrimSpace(strings.TrimPrefix(basic(text), "Proxy-Authorization: ")))
+	s := testServer(t, "USERS=bob:plain,ann:"+hashOf(t, "secret", 4))
+	g := s.gate
+	field := func(text string) []byte { return []byte(base64.StdEncoding.EncodeToString([]byte(text))) }
+	verify := func(token []byte, now time.Time) string {
+		x := &exchange{summary: summary{srv: s, c: &client{}, start: now}}
+		x.req.credentials = token
+		if f := x.authenticate(); (f == nil) != (x.user != "") {
+			t.Errorf("%s: user %q, %v", token, x.user, f)
+		}
+		return x.user
 	}
 	now := time.Now()
 	for range 3 {
-		if g.verify(field("ann:secret"), now) != "ann" || g.verify(field("ann:wrong"), now) != "" || g.verify(field("eve:secret"), now) != "" || g.verify(field("bob:plain"), now) != "bob" {
+		if verify(field("ann:secret"), now) != "ann" || verify(field("ann:wrong"), now) != "" || verify(field("eve:secret"), now) != "" || verify(field("bob:plain"), now) != "bob" {
 			t.Fatal("a wrong verdict")
 		}
 		if len(g.known) != 2 { // bob, who has no hash, and ann
 			t.Fatalf("%d credentials are remembered", len(g.known))
 		}
 	}
-	digest := g.digest(bytes.TrimPrefix(field("ann:secret"), []byte("Basic ")))
-	if g.recall(digest, now.Add(verifiedFor-time.Second)) != "ann" || g.recall(digest, now.Add(verifiedFor+time.Second)) != "" {
+	digest := g.digest(field("ann:secret"))
+	if g.recall(digest, now.Add(verifiedFor+time.Second)) != "" || g.recall(digest, now.Add(verifiedFor-time.Second)) != "ann" {
 		t.Errorf("not remembered for %v", verifiedFor)
 	}
+	if later := now.Add(2*verifiedFor - 2*time.Second); g.recall(digest, later) != "ann" || g.recall(digest, later.Add(verifiedFor+time.Second)) != "" {
+		t.Error("use does not prolong it")
+	}
 	later := now.Add(24 * time.Hour)
-	if g.verify(field("ann:secret"), later) != "ann" || g.verify(field("bob:plain"), later) != "bob" {
+	if verify(field("ann:secret"), later) != "ann" || verify(field("bob:plain"), later) != "bob" {
 		t.Error("refused after a day")
 	}
-	for i := range maxKnown { // of which none is a user's
-		g.known[[32]byte{1, byte(i), byte(i >> 8)}] = verified{"x", now.Add(time.Hour)}
+	// A credential has one spelling, so that no more than one is remembered for each user.
+	long := strings.Repeat("p", 72)
+	g.hashes["cy"] = hashOf(t, long, 4)
+	for token, user := range map[string]string{string(field("ann:secret")) + "!": "", string(field("ann:secret")) + "=": "", "YW5uOnNlY3JldB==": "", "YW5uOnNlY3JldA": "",
+		string(field("ann:secret\x00secret")): "", string(field("cy:" + long)): "cy", string(field("cy:" + long + "x")): "", string(field("ann")): "", "": ""} {
+		if got := verify([]byte(token), now); got != user {
+			t.Errorf("%s: %q, want %q", token, got, user)
+		}
 	}
-	delete(g.known, digest)
-	if g.verify(field("ann:secret"), now) != "ann" || len(g.known) != 2 {
-		t.Errorf("%d credentials are remembered", len(g.known))
+	if len(g.known) != 3 {
+		t.Errorf("%d credentials are remembered of 3 users", len(g.known))
 	}
-	other := newGatekeeper(users{"ann": "secret"})
-	if other.digest([]byte("x")) == g.digest([]byte("x")) {
+	if newGatekeeper(users{"ann": "secret"}).digest([]byte("x")) == g.digest([]byte("x")) {
 		t.Error("two gatekeepers have the same secret")
+	}
+}
+
+// Who waits for bcrypt gives up with his connection, at the drain too, and of many at once most are not let wait.
+func TestWaitingForBcrypt(t *testing.T) {
+	p := startProxy(t, "USERS=ann:"+hashOf(t, "secret", 11), "DRAIN_TIMEOUT=300ms") // some 0.1 s each, so one after the other takes long
+	answers := make(chan string, 60)
+	for n := range cap(answers) {
+		c := p.dial(t)
+		c.send("GET http://a.test/ HTTP/1.1\r\nHost: x\r\n%s\r\n", basic(fmt.Sprint("ann:wrong", n)))
+		go func() {
+			line, _ := c.br.ReadString('\n')
+			answers <- line
+		}()
+	}
+	busy := 0
+	for busy < cap(answers)-33-5 { // some may have been checked by now
+		if line := <-answers; strings.HasPrefix(line, "HTTP/1.1 503 ") {
+			busy++
+		}
+	}
+	if took := <-p.draining(t); took > 2*time.Second {
+		t.Errorf("the drain took %v", took)
+	}
+	for _, token := range []string{"", "!", "YW5u"} { // what is no credential costs nothing
+		s := testServer(t, "USERS=ann:"+hashOf(t, "secret", 4))
+		if user, f := s.gate.check(t.Context(), []byte(token), [32]byte{}); user != "" || f != nil || len(s.gate.queue) != 0 {
+			t.Errorf("%q: %q, %v", token, user, f)
+		}
 	}
 }
 
 // A name that does not exist takes as long to refuse as one that does.
 func TestUnknownUsersTakeAsLong(t *testing.T) {
-	g := newGatekeeper(users{"ann": hashOf(t, "secret", 8), "low": hashOf(t, "secret", 4), "bob": "plain"})
+	g := newGatekeeper(users{"ann": hashOf(t, "secret", 8), "bob": "plain"})
 	took := map[string]time.Duration{}
 	for range 5 {
 		for _, name := range []string{"ann", "bob", "eve", "\xff"} {
-			field := "Basic " + base64.StdEncoding.EncodeToString([]byte(name+":wrong"))
+			token := []byte(base64.StdEncoding.EncodeToString([]byte(name + ":wrong")))
 			start := time.Now()
-			g.verify([]byte(field), start)
+			g.check(t.Context(), token, g.digest(token))
 			took[name] = min(cmp.Or(took[name], time.Hour), time.Since(start))
 		}
 	}
@@ -1881,16 +1948,26 @@ func TestContactsArePasteReady(t *testing.T) {
 	c := contacts{keys: map[string]bool{}}
 	var d destination
 	firsts := 0
-	for i := range 2 * maxContacts {
+	for i := range 2 * 1000 {
 		d = destination{}
-		if err := d.parse(fmt.Appendf(nil, "host-%d.test:%d", i%(maxContacts+5), 80+i%2), 0); err != nil {
+		if err := d.parse(fmt.Appendf(nil, "host-%d.test:%d", i%(1000+5), 80+i%2), 0); err != nil {
 			t.Fatal(err)
 		}
 		if c.first(&d) {
 			firsts++
 		}
 	}
-	if firsts != maxContacts || len(c.keys) != maxContacts || c.more == 0 {
+	everything := contacts{keys: map[string]bool{}, all: true}
+	for range 2 {
+		for i := range 1005 {
+			d = destination{}
+			d.parse(fmt.Appendf(nil, "host-%d.test:80", i), 0)
+			if first := everything.first(&d); len(everything.keys) == 1000 && i > 1000 && !first {
+				t.Errorf("host-%d is not told of", i)
+			}
+		}
+	}
+	if firsts != 1000 || len(c.keys) != 1000 || c.more == 0 {
 		t.Errorf("%d first contacts, %d kept, %d more", firsts, len(c.keys), c.more)
 	}
 	c = contacts{keys: map[string]bool{}}
@@ -1911,6 +1988,36 @@ func TestContactsArePasteReady(t *testing.T) {
 		d.parse([]byte(authority), 0)
 		if f := s.ruleOut(&d); (f == nil) != want {
 			t.Errorf("%s: %v", authority, f)
+		}
+	}
+}
+
+// ALLOW_PRIVATE_HOSTS lets names lead to inner networks, and not to what gives credentials away or is no address of a service.
+func TestPrivateHosts(t *testing.T) {
+	s := testServer(t, "ALLOW_PRIVATE_HOSTS=db.test,192.168.0.0/16")
+	for addr, want := range map[string]bool{"10.0.0.1": true, "192.168.1.1": true, "100.64.0.1": true, "fd12::1": true, "127.0.0.1": true, "::1": true, "192.0.2.1": true, "198.18.0.1": true,
+		"8.8.8.8": true, "169.254.169.254": false, "169.254.1.1": false, "fe80::1": false, "100.100.100.200": false, "fd00:ec2::23": false, "fd00:ec2::254": false, "0.0.0.0": false, "224.0.0.1": false,
+		"255.255.255.255": false, "240.0.0.1": false, "2002:a00:1::": false, "::10.0.0.1": false, "64:ff9b::10.0.0.1": true, "64:ff9b::169.254.169.254": false} {
+		x := &exchange{summary: summary{srv: s}}
+		x.dst.parse([]byte("db.test:443"), 0)
+		if allowed, _ := x.judge([]netip.Addr{netip.MustParseAddr(addr)}); (len(allowed) == 1) != want {
+			t.Errorf("db.test at %s: %v, want %v", addr, !want, want)
+		}
+	}
+}
+
+// What MODE=audit lets pass does not depend on the order of a name's addresses.
+func TestAuditJudgesAllAddresses(t *testing.T) {
+	s := testServer(t, "MODE=audit", "DENY_HOSTS=93.184.215.0/24")
+	for _, addrs := range []string{"93.184.215.14 10.0.0.1", "10.0.0.1 93.184.215.14"} {
+		x := &exchange{summary: summary{srv: s, c: &client{}}}
+		x.dst.parse([]byte("a.test:443"), 0)
+		var list []netip.Addr
+		for text := range strings.FieldsSeq(addrs) {
+			list = append(list, netip.MustParseAddr(text))
+		}
+		if allowed, f := x.judge(list); len(allowed) != 1 || allowed[0].String() != "93.184.215.14:443" {
+			t.Errorf("%s: %v, %v", addrs, allowed, f)
 		}
 	}
 }
@@ -2023,291 +2130,777 @@ func TestClientsSeeTheirOwnBytesAlone(t *testing.T) {
 	wg.Wait()
 }
 
-// hostileDNS answers by script, over UDP and TCP. A script gets the question and how often its name and type were asked before, and
-// makes the message in m, or, if it returns bytes, the whole answer: none of them = silence.
-type hostileDNS struct {
-	addr    string
-	scripts map[string]dnsScript // by name, with a final dot
-
-	mu    sync.Mutex
-	asked map[dnsmessage.Question]int // guarded by mu
+// A rule that is taken holds; otherwise who wrote it believes that it does.
+// A search list makes no names that the rules have not judged. resolv.conf is this process's own, in a mount namespace.
+func TestSearchList(t *testing.T) {
+	if os.Getenv("TEST_SEARCH_LIST") == "" {
+		dir := t.TempDir()
+		os.WriteFile(filepath.Join(dir, "resolv.conf"), []byte("search test\nnameserver 127.0.0.1\n"), 0o644)
+		os.WriteFile(filepath.Join(dir, "hosts"), []byte("127.0.0.1 short long.example\n"), 0o644)
+		cmd := exec.Command("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", `mount --bind "$1/resolv.conf" /etc/resolv.conf && mount --bind "$1/hosts" /etc/hosts &&
+			echo ready && exec "$0" -test.run '^TestSearchList$' -test.v`, os.Args[0], dir)
+		cmd.Env = append(os.Environ(), "TEST_SEARCH_LIST=1")
+		out, err := cmd.CombinedOutput()
+		if !bytes.Contains(out, []byte("ready\n")) {
+			t.Skipf("no mount namespace: %v, %s", err, out)
+		}
+		if err != nil || !bytes.Contains(out, []byte("--- PASS: TestSearchList")) {
+			t.Errorf("in its namespace: %v\n%s", err, out)
+		}
+		return
+	}
+	dns := startHostileDNS(t)
+	dns.set("evil.test", func(q *dnsQuery) { q.give("127.0.0.1") })
+	_, port, _ := net.SplitHostPort(serveAt(t, "127.0.0.1:0", nil))
+	p := startProxy(t, "DNS_SERVERS="+dns.addr, "DENY_HOSTS=.test")
+	for host, want := range map[string]int{"evil.test": 403, "evil": 502, "evil.": 502, "short": 200, "SHORT.": 200, "long.example": 200, "long.example.": 200} {
+		if status, token, text := reach(t, p, "GET", host+":"+port); status != want {
+			t.Errorf("%s: %d %s %s", host, status, token, text)
+		}
+	}
+	dns.wantsAsked(t, "evil.test", 0)
 }
 
-type dnsScript func(q dnsmessage.Question, nth int, tcp bool, m *dnsmessage.Message) (raw [][]byte)
+func TestRulesThatAreNone(t *testing.T) {
+	// An IPv4 address with a dot on either side is no name: as one it would not stand for the names that resolve to it, and no name
+	// is below it.
+	for _, item := range []string{"8.8.8.8.", "8.8.8.8.:80", ".8.8.8.8", "*.8.8.8.8", "*.8.8.8.8:80"} {
+		var rules hostRules
+		if rules.UnmarshalText([]byte(item)) == nil && rules.match(nil, netip.MustParseAddr("8.8.8.8"), 80) == "" {
+			t.Errorf("the rule %q is taken, but does not cover the names that resolve to 8.8.8.8", item)
+		}
+	}
+	// No host has two dots at its end, nor any spelling of one; "\u212a" is the Kelvin sign, whose lower case is "k".
+	for _, item := range []string{"evil.test..", "*.evil.test..", ".evil.test..:80", "\u212aelvin.example"} {
+		var rules hostRules
+		if rules.UnmarshalText([]byte(item)) == nil {
+			t.Errorf("the rule %+q is taken", item)
+		}
+	}
+}
 
-func startHostileDNS(t *testing.T, scripts map[string]dnsScript) *hostileDNS {
-	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+// Ten thousand rules are as quick as ten: what a decision costs depends on the labels of the name and the lengths of the prefixes in use.
+func TestManyHostRules(t *testing.T) {
+	build := func(n int) *hostRules {
+		var list bytes.Buffer
+		for i := range n {
+			fmt.Fprintf(&list, "%sname-%d.example%d.test\n", []string{"", "*.", "."}[i%3], i, i%100)
+			if i%2 == 0 {
+				fmt.Fprintf(&list, "10.%d.%d.0/24\n", i>>8, i&255)
+			} else {
+				fmt.Fprintf(&list, "2001:db8:%x:%x::/64:443\n", i>>8, i&255)
+			}
+		}
+		text := strings.NewReplacer("2001:", "[2001:", "/64:443", "/64]:443").Replace(list.String())
+		rules := new(hostRules)
+		if err := rules.UnmarshalText([]byte(text)); err != nil {
+			t.Fatal(err)
+		}
+		return rules
+	}
+	few, many := build(10), build(10_000)
+	type query struct {
+		host string
+		ip   netip.Addr
+		port uint16
+		want bool
+	}
+	queries := []query{
+		{"name-0.example0.test", netip.Addr{}, 80, true},
+		{"x.name-1.example1.test", netip.Addr{}, 80, true},
+		{"a.b.name-2.example2.test", netip.Addr{}, 80, true},
+		{"x.name-0.example0.test", netip.Addr{}, 80, false},
+		{"a.name-of.many.labels.that.is.not.among.them.test", netip.Addr{}, 80, false},
+		{"10.0.2.7", netip.MustParseAddr("10.0.2.7"), 80, true},
+		{"10.0.1.7", netip.MustParseAddr("10.0.1.7"), 80, false},
+		{"2001:db8:0:1::7", netip.MustParseAddr("2001:db8:0:1::7"), 443, true},
+		{"2001:db8:0:1::7", netip.MustParseAddr("2001:db8:0:1::7"), 80, false},
+		{"", netip.MustParseAddr("192.0.2.1"), 80, false},
+	}
+	for size, want := range map[int]int{32: 1, 128: 1} {
+		if len(few.nets.lengths[size]) != want || len(many.nets.lengths[size]) != want {
+			t.Errorf("%v and %v lengths of prefix to look up", few.nets.lengths, many.nets.lengths)
+		}
+	}
+	if len(many.names) < 10_000 || len(many.nets.values) != 10_000 {
+		t.Fatalf("%d names, %d blocks", len(many.names), len(many.nets.values))
+	}
+	for _, q := range queries {
+		host := []byte(q.host)
+		for _, rules := range []*hostRules{few, many} {
+			if got := rules.match(host, q.ip, q.port); (got != "") != q.want {
+				t.Errorf("%q %v %d: rule %q, want any %v", q.host, q.ip, q.port, got, q.want)
+			}
+			if n := testing.AllocsPerRun(100, func() { rules.match(host, q.ip, q.port) }); n != 0 {
+				t.Errorf("%q %v: %v allocations", q.host, q.ip, n)
+			}
+		}
+	}
+	best := func(rules *hostRules) time.Duration {
+		least := time.Duration(math.MaxInt64)
+		for range 20 { // whatever else the machine does, it leaves one of them alone
+			begun := time.Now()
+			for range 200 {
+				for _, q := range queries {
+					rules.match([]byte(q.host), q.ip, q.port)
+				}
+			}
+			least = min(least, time.Since(begun))
+		}
+		return least
+	}
+	if quick, slow := best(few), best(many); slow > 5*quick {
+		t.Errorf("ten thousand rules take %v, ten %v", slow, quick)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A hostile resolver
+
+// hostileDNS is a resolver that does to each name what that name's script says, over UDP and TCP.
+type hostileDNS struct {
+	addr    string
+	mu      sync.Mutex
+	scripts map[string]func(*dnsQuery) // guarded by mu; by name; the names below have the same
+	asked   map[string]int             // UDP queries, as in "a.test. A"; guarded by mu
+}
+
+// dnsQuery is a query, and what shall become of it: answer is sent, or if raw is not nil each packet of that.
+type dnsQuery struct {
+	kind   dnsmessage.Type
+	nth    int  // from 1, of this name and type
+	tcp    bool // over TCP, since the answer over UDP said so
+	answer dnsmessage.Message
+	raw    [][]byte
+}
+
+var silence = [][]byte{}
+
+// owned adds the addresses of the type that was asked for, as those of owner.
+func (q *dnsQuery) owned(owner string, addrs ...string) {
+	for _, text := range addrs {
+		a := netip.MustParseAddr(text)
+		head := dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(owner), Class: dnsmessage.ClassINET, TTL: 60}
+		if a.Is4() && q.kind == dnsmessage.TypeA {
+			q.answer.Answers = append(q.answer.Answers, dnsmessage.Resource{Header: head, Body: &dnsmessage.AResource{A: a.As4()}})
+		} else if a.Is6() && q.kind == dnsmessage.TypeAAAA { // ::ffff:1.2.3.4 too
+			q.answer.Answers = append(q.answer.Answers, dnsmessage.Resource{Header: head, Body: &dnsmessage.AAAAResource{AAAA: a.As16()}})
+		}
+	}
+}
+
+func (q *dnsQuery) name() string         { return q.answer.Questions[0].Name.String() }
+func (q *dnsQuery) give(addrs ...string) { q.owned(q.name(), addrs...) }
+func (q *dnsQuery) alias(from, to string) { // a CNAME record
+	head := dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(from), Class: dnsmessage.ClassINET, TTL: 60}
+	q.answer.Answers = append(q.answer.Answers, dnsmessage.Resource{Header: head, Body: &dnsmessage.CNAMEResource{CNAME: dnsmessage.MustNewName(to)}})
+}
+
+// chain adds n CNAMEs, from the name that was asked for to "cN.test.", whose name it gives back.
+func (q *dnsQuery) chain(n int) (last string) {
+	last = q.name()
+	for i := range n {
+		next := fmt.Sprintf("c%d.test.", i+1)
+		q.alias(last, next)
+		last = next
+	}
+	return last
+}
+
+// packed is the answer as it stands, for raw.
+func (q *dnsQuery) packed() []byte {
+	b, err := q.answer.Pack()
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+func startHostileDNS(t *testing.T) *hostileDNS {
+	t.Helper()
+	addr := freeAddr(t) // for TCP; nobody has a reason to use the same port for UDP
+	udp, err := net.ListenPacket("udp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tcp, err := net.Listen("tcp", udp.LocalAddr().String())
+	tcp, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &hostileDNS{addr: udp.LocalAddr().String(), scripts: scripts, asked: map[dnsmessage.Question]int{}}
-	var running sync.WaitGroup
-	running.Go(func() {
-		for b := make([]byte, 1500); ; {
-			n, from, err := udp.ReadFrom(b)
+	d := &hostileDNS{addr: addr, scripts: map[string]func(*dnsQuery){}, asked: map[string]int{}}
+	var serving sync.WaitGroup
+	t.Cleanup(func() { udp.Close(); tcp.Close(); serving.Wait() })
+	serving.Go(func() {
+		query := make([]byte, 1500)
+		for {
+			n, from, err := udp.ReadFrom(query)
 			if err != nil {
 				return
 			}
-			for _, answer := range d.answers(b[:n], false) {
-				udp.WriteTo(answer, from)
+			for _, packet := range d.replies(query[:n], false) {
+				udp.WriteTo(packet, from)
 			}
 		}
 	})
-	running.Go(func() {
+	serving.Go(func() {
 		for {
 			c, err := tcp.Accept()
 			if err != nil {
 				return
 			}
-			var size [2]byte
-			io.ReadFull(c, size[:])
-			b := make([]byte, binary.BigEndian.Uint16(size[:]))
-			io.ReadFull(c, b)
-			for _, answer := range d.answers(b, true) {
-				c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(answer))), answer...))
-			}
-			c.Close()
+			serving.Go(func() {
+				defer c.Close()
+				c.SetDeadline(time.Now().Add(patience))
+				var size [2]byte
+				for {
+					if _, err := io.ReadFull(c, size[:]); err != nil {
+						return
+					}
+					query := make([]byte, int(size[0])<<8|int(size[1]))
+					if _, err := io.ReadFull(c, query); err != nil {
+						return
+					}
+					for _, packet := range d.replies(query, true) {
+						c.Write(append([]byte{byte(len(packet) >> 8), byte(len(packet))}, packet...))
+					}
+				}
+			})
 		}
 	})
-	t.Cleanup(func() { udp.Close(); tcp.Close(); running.Wait() })
 	return d
 }
 
-func (d *hostileDNS) answers(query []byte, tcp bool) [][]byte {
-	var m dnsmessage.Message
-	if m.Unpack(query) != nil || len(m.Questions) != 1 {
+func (d *hostileDNS) replies(query []byte, tcp bool) [][]byte {
+	q := &dnsQuery{tcp: tcp}
+	if err := q.answer.Unpack(query); err != nil || len(q.answer.Questions) != 1 {
 		return nil
 	}
-	q := m.Questions[0]
+	q.kind = q.answer.Questions[0].Type
+	q.answer.Response, q.answer.RecursionAvailable, q.answer.Additionals = true, true, nil
+	name := strings.TrimSuffix(q.name(), ".")
+	key := q.name() + " " + strings.TrimPrefix(q.kind.String(), "Type")
 	d.mu.Lock()
-	nth := d.asked[q]
-	d.asked[q]++
+	if !tcp {
+		d.asked[key]++
+	}
+	q.nth = d.asked[key]
+	script := d.scripts[name]
+	for below := true; script == nil && below; script = d.scripts[name] {
+		_, name, below = strings.Cut(name, ".")
+	}
 	d.mu.Unlock()
-	m = dnsmessage.Message{Header: dnsmessage.Header{ID: m.ID, Response: true, RecursionAvailable: true}, Questions: m.Questions}
-	script := d.scripts[q.Name.String()]
 	if script == nil {
-		m.RCode = dnsmessage.RCodeNameError
-	} else if raw := script(q, nth, tcp, &m); raw != nil {
-		return raw
+		q.answer.RCode = dnsmessage.RCodeNameError
+	} else {
+		script(q)
 	}
-	packed, err := m.Pack()
-	if err != nil {
-		panic(err)
+	if q.raw == nil {
+		q.raw = [][]byte{q.packed()}
 	}
-	return [][]byte{packed}
+	return q.raw
 }
 
-// addAddrs answers a question for the addresses of name.
-func addAddrs(m *dnsmessage.Message, name string, addrs ...string) {
-	for _, text := range addrs {
-		a, h := netip.MustParseAddr(text), dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(name), Class: dnsmessage.ClassINET}
-		if a.Is4() && m.Questions[0].Type == dnsmessage.TypeA {
-			m.Answers = append(m.Answers, dnsmessage.Resource{Header: h, Body: &dnsmessage.AResource{A: a.As4()}})
-		} else if a.Is6() && m.Questions[0].Type == dnsmessage.TypeAAAA {
-			m.Answers = append(m.Answers, dnsmessage.Resource{Header: h, Body: &dnsmessage.AAAAResource{AAAA: a.As16()}})
-		}
-	}
+func (d *hostileDNS) set(name string, script func(*dnsQuery)) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.scripts[name] = script
 }
 
-func addAlias(m *dnsmessage.Message, from, to string) {
-	m.Answers = append(m.Answers, dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(from), Class: dnsmessage.ClassINET},
-		Body: &dnsmessage.CNAMEResource{CNAME: dnsmessage.MustNewName(to)}})
-}
-
-// addresses is a script: some addresses, and others from the second time on.
-func addresses(first string, later ...string) dnsScript {
-	return func(q dnsmessage.Question, nth int, _ bool, m *dnsmessage.Message) [][]byte {
-		if later == nil || nth == 0 {
-			addAddrs(m, q.Name.String(), strings.Fields(first)...)
-		} else {
-			addAddrs(m, q.Name.String(), later...)
-		}
-		return nil
+// wantsAsked expects n lookups of a name so far: A and AAAA each, no more and no fewer.
+func (d *hostileDNS) wantsAsked(t *testing.T, name string, n int) {
+	t.Helper()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if a, aaaa := d.asked[name+". A"], d.asked[name+". AAAA"]; a != n || aaaa != n {
+		t.Errorf("%s was asked for %d times (A) and %d times (AAAA), want %d", name, a, aaaa, n)
 	}
 }
 
-// hostileScripts are answers that must lead nowhere: to an error, or to 127.0.0.66, which is refused.
-func hostileScripts() map[string]dnsScript {
-	const bad = "127.0.0.66"
-	raw := func(change func(packed []byte) []byte) dnsScript {
-		return func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
-			addAddrs(m, q.Name.String(), bad)
-			packed, _ := m.Pack()
-			return [][]byte{change(packed)}
-		}
-	}
-	dice := rand.New(rand.NewPCG(1, 2))
-	return map[string]dnsScript{
-		"plain.test.": addresses(bad), "mapped.test.": addresses("::ffff:" + bad), "nat64.test.": addresses("64:ff9b::" + bad),
-		"sixtofour.test.": addresses("2002:7f00:42::1"), "compatible.test.": addresses("::" + bad), "isatap.test.": addresses("2a00::5efe:" + bad),
-		"many.test.": addresses(strings.Repeat(bad+" ", 60)), "empty.test.": addresses(""),
-		"alias.test.": func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
-			addAlias(m, "alias.test.", "inner.test.")
-			addAddrs(m, "inner.test.", bad)
-			return nil
-		},
-		"loop.test.": func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
-			addAlias(m, "loop.test.", "pool.test.")
-			addAlias(m, "pool.test.", "loop.test.")
-			return nil
-		},
-		"chain.test.": func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
-			for i := range 50 {
-				addAlias(m, fmt.Sprintf("c%d.test.", i), fmt.Sprintf("c%d.test.", i+1))
-			}
-			addAddrs(m, "c50.test.", bad)
-			return nil
-		},
-		"other.test.": func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
-			addAddrs(m, "another.test.", bad)
-			return nil
-		},
-		"truncated.test.": func(q dnsmessage.Question, _ int, tcp bool, m *dnsmessage.Message) [][]byte {
-			if m.Truncated = !tcp; tcp {
-				addAddrs(m, q.Name.String(), bad)
-			}
-			return nil
-		},
-		"endless.test.": func(q dnsmessage.Question, nth int, _ bool, m *dnsmessage.Message) [][]byte { // truncated for ever, over TCP too
-			m.Truncated = true
-			addAlias(m, q.Name.String(), fmt.Sprintf("e%d.test.", nth))
-			return nil
-		},
-		"refused.test.": func(q dnsmessage.Question, _ int, _ bool, m *dnsmessage.Message) [][]byte {
-			m.RCode = dnsmessage.RCodeRefused
-			return nil
-		},
-		"silent.test.":   raw(func([]byte) []byte { return nil }),
-		"wrong-id.test.": raw(func(p []byte) []byte { p[0] ^= 0xff; return p }),
-		"short.test.":    raw(func(p []byte) []byte { return p[:len(p)-3] }),
-		"header.test.":   raw(func(p []byte) []byte { return p[:12] }),
-		"counts.test.":   raw(func(p []byte) []byte { p[6], p[7] = 0xff, 0xff; return p }),
-		"pointer.test.":  raw(func(p []byte) []byte { return append(p[:12], 0xc0, 12, 0, 1, 0, 1, 0xc0, 12, 0, 1, 0, 1) }),
-		"noise.test.": raw(func(p []byte) []byte {
-			for i := 2; i < len(p); i++ {
-				p[i] = byte(dice.Uint32())
-			}
-			return p
-		}),
-	}
-}
+// trap listens where the proxy may not connect to.
+type trap struct{ net.Listener }
 
-// Names under a hostile server's control lead to no address that is forbidden. 127.0.0.1 stands for the public address here, and
-// 127.0.0.66, where something listens on the same port, is forbidden.
-func TestHostileNames(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.66:0")
-	if err != nil {
-		t.Skip("127.0.0.66 is not here:", err)
-	}
-	t.Cleanup(func() { l.Close() })
-	closed := &testOrigin{l, t, l.Addr().String()}
-	_, port, _ := net.SplitHostPort(closed.addr)
-	l, err = net.Listen("tcp", "127.0.0.1:"+port)
+func setTrap(t *testing.T, addr string) *trap {
+	t.Helper()
+	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
-	open := &testOrigin{l, t, l.Addr().String()}
-	scripts := hostileScripts()
-	hostile := slices.Sorted(maps.Keys(scripts))
-	scripts["rebound.test."] = addresses("127.0.0.1", "127.0.0.66")
-	scripts["kept.test."] = addresses("127.0.0.1", "127.0.0.66")
-	scripts["mixed.test."] = addresses("127.0.0.66 127.0.0.1 127.0.0.66")
-	scripts["down.test."] = addresses("127.0.0.66 127.0.0.2 127.0.0.67")
-	d := startHostileDNS(t, scripts)
-	p := startProxy(t, "DNS_SERVERS="+d.addr, "DNS_TIMEOUT=300ms", "DNS_CACHE_TTL=0", "DNS_STALE=0", "ALLOW_CIDRS=127.0.0.1,127.0.0.2")
-	url := func(name string) string { return "http://" + strings.TrimSuffix(name, ".") + ":" + port + "/" }
-	serve := func(name string, c, up *peer) *peer {
-		t.Helper()
-		c.send("%s", request("GET", url(name)))
-		if up == nil {
-			up = open.accept()
-		}
-		up.head()
-		up.send("%s", plainAnswer)
-		c.wants(plainGets)
-		return up
-	}
-	for i, name := range hostile {
-		method := []string{"GET", "CONNECT"}[i%2]
-		n, start := len(p.served()), time.Now()
-		target := url(name)
-		if method == "CONNECT" {
-			target = strings.Trim(target[len("http:"):], "/")
-		}
-		resp, body := p.dial(t).ask(method, target)
-		r := p.awaitServed(t, n)
-		prohibited := resp.StatusCode == 403 && r["error.type"] == tokenProhibited
-		if !prohibited && slices.Contains([]string{"plain.test.", "mapped.test.", "nat64.test.", "sixtofour.test.", "compatible.test.", "isatap.test.", "alias.test.", "truncated.test."}, name) {
-			t.Errorf("%s: %s, %v", name, resp.Status, r)
-		}
-		if !prohibited && r["error.type"] != tokenDNS && r["error.type"] != tokenDNSTimeout || r["network.peer.address"] != nil || time.Since(start) > 2*time.Second {
-			t.Errorf("%s: %s, %v, after %v", name, resp.Status, r, time.Since(start))
-		}
-		if said, _ := r["error.message"].(string); prohibited && !strings.Contains(said, "66") && !strings.Contains(said, ":42") || strings.Contains(body, ".66") || strings.Contains(body, ":42") {
-			t.Errorf("%s: the body says %q, the log %q", name, body, r["error.message"])
-		}
-	}
-
-	c := p.dial(t)
-	c.send("%s", request("GET", url("rebound.test.")))
-	up := open.accept()
-	up.head()
-	up.send("%s", strings.Replace(plainAnswer, "\r\n", "\r\nConnection: close\r\n", 1))
-	c.response("GET")
-	c.send("%s", request("GET", url("rebound.test.")))
-	c.wantsRefusal("GET", 403, tokenProhibited)
-	c = p.dial(t)
-	up = serve("kept.test.", c, nil)
-	up = serve("kept.test.", c, up) // the connection that was judged
-	c.send("%s", request("GET", url("kept.test.")))
-	up.head()
-	up.Close() // a retry looks the name up again, and judges what it finds
-	c.wantsRefusal("GET", 403, tokenProhibited)
-	a := dnsmessage.Question{Name: dnsmessage.MustNewName("kept.test."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}
-	d.mu.Lock()
-	asked := d.asked[a]
-	d.mu.Unlock()
-	if asked != 2 {
-		t.Errorf("kept.test was looked up %d times, want once per dial", asked)
-	}
-	for range 3 {
-		serve("mixed.test.", p.dial(t), nil).Close()
-	}
-	p.dial(t).ask("GET", url("down.test."))
-	wantsLogged(t, p.recordFor(t, "request", "down.test:"+port), 502, tokenRefused)
-	closed.wantsNone()
+	return &trap{l}
 }
 
-// Every way to write a host that is not refused as malformed means the same to the rules.
+// wantsUntouched expects that nobody has connected so far: connections queue in their order, so the test's own comes first.
+func (l *trap) wantsUntouched(t *testing.T) {
+	t.Helper()
+	mine, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mine.Close()
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+		if c.RemoteAddr().String() == mine.LocalAddr().String() {
+			return
+		}
+		t.Errorf("%s was connected to by %s", l.Addr(), c.RemoteAddr())
+	}
+}
+
+// reach asks for an authority by GET or CONNECT, in the latter case for what is behind the tunnel. It gives the status and token of the
+// proxy's answer, and its text or that of the origin.
+func reach(t *testing.T, p *testProxy, method, authority string) (status int, token, text string) {
+	t.Helper()
+	c := p.dial(t)
+	defer c.Close()
+	c.send("%s", targeted(method, authority))
+	return c.reached(method)
+}
+
+func targeted(method, authority string) string {
+	if method == "CONNECT" {
+		return "CONNECT " + authority + " HTTP/1.1\r\nHost: x\r\n\r\n"
+	}
+	return method + " http://" + authority + "/ HTTP/1.1\r\nHost: x\r\n\r\n"
+}
+
+func (p *peer) reached(method string) (status int, token, text string) {
+	p.t.Helper()
+	if line, _ := p.br.Peek(13); method == "CONNECT" && string(line) == "HTTP/1.1 200 " {
+		p.head()
+		p.send("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+		_, text = p.response("GET")
+		return 200, "", text
+	}
+	resp, text := p.response(method)
+	_, token, _ = strings.Cut(resp.Header.Get("Proxy-Status"), "error=")
+	token, _, _ = strings.Cut(token, ";")
+	return resp.StatusCode, token, text + resp.Header.Get("Proxy-Status")
+}
+
+// nthRecord waits for the nth record (from 1) of a request or tunnel to a name.
+func (p *testProxy) nthRecord(t *testing.T, name string, nth int) (found map[string]any) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("record %d for %s", nth, name), func() bool {
+		n := 0
+		for _, r := range p.log.records(t) {
+			if r["server.address"] == name && (r["msg"] == "request" || r["msg"] == "tunnel") {
+				if n++; n == nth {
+					found = r
+					return true
+				}
+			}
+		}
+		return false
+	})
+	return found
+}
+
+// 127.0.0.1 plays a public address, 127.0.0.66 one of the inner network: whatever a resolver says, nothing connects there.
+func TestHostileNames(t *testing.T) {
+	const public, private = "127.0.0.1", "127.0.0.66"
+	dns := startHostileDNS(t)
+	_, port, _ := net.SplitHostPort(freeAddr(t))
+	good := serveAt(t, net.JoinHostPort(public, port), nil)
+	inner := setTrap(t, net.JoinHostPort(private, port))
+	vars := []string{"DNS_SERVERS=" + dns.addr, "ALLOW_CIDRS=" + public, "DNS_CACHE_TTL=0"}
+	methods := []string{"GET", "CONNECT"}
+
+	// refused checks a 403 that follows from an address: the client is not told which, the log is.
+	refused := func(t *testing.T, p *testProxy, method, name string, nth, status int, token, text, addr string) {
+		t.Helper()
+		if status != 403 || token != tokenProhibited {
+			t.Errorf("%s %s: %d %s, want 403; %s", method, name, status, token, text)
+		}
+		if strings.Contains(text, private) || strings.Contains(text, addr) {
+			t.Errorf("%s %s: the client is told the address: %s", method, name, text)
+		}
+		r := p.nthRecord(t, name, nth)
+		wantsLogged(t, r, 403, tokenProhibited)
+		if message, _ := r["error.message"].(string); !strings.HasSuffix(message, ": "+addr) {
+			t.Errorf("%s %s: the log says %q, want the address %s", method, name, message, addr)
+		}
+	}
+
+	t.Run("rebinding", func(t *testing.T) {
+		dns.set("rebinding.test", func(q *dnsQuery) {
+			if q.nth == 1 {
+				q.give(public)
+			} else {
+				q.give(private)
+			}
+		})
+		p := startProxy(t, append(vars, "POOL_IDLE=0")...)
+		for _, method := range methods {
+			name := strings.ToLower(method) + ".rebinding.test"
+			if status, token, text := reach(t, p, method, name+":"+port); status != 200 || text != good {
+				t.Errorf("%s: %d %s %s, want 200 from %s", method, status, token, text, good)
+			}
+			dns.wantsAsked(t, name, 1) // the address that was judged is the one that was dialled
+			p.nthRecord(t, name, 1)    // a tunnel's record comes at its end
+			status, token, text := reach(t, p, method, name+":"+port)
+			refused(t, p, method, name, 2, status, token, text, private)
+			dns.wantsAsked(t, name, 2)
+		}
+		inner.wantsUntouched(t)
+	})
+
+	t.Run("rebinding while a connection is pooled", func(t *testing.T) {
+		dns.set("pooled.test", func(q *dnsQuery) {
+			if q.nth == 1 {
+				q.give(public)
+			} else {
+				q.give(private)
+			}
+		})
+		_, port, _ := net.SplitHostPort(freeAddr(t))
+		l := setTrap(t, net.JoinHostPort(public, port))
+		origin := &testOrigin{l.Listener, t, l.Addr().String()}
+		inner := setTrap(t, net.JoinHostPort(private, port))
+		p := startProxy(t, vars...)
+		for i, end := range []string{"between requests", "during a request", "during a tunnel's dial"} {
+			name := fmt.Sprintf("n%d.pooled.test", i)
+			target := targeted("GET", name+":"+port)
+			c := p.dial(t)
+			c.send("%s", target)
+			up := origin.accept()
+			up.head()
+			up.send("%s", plainAnswer)
+			c.wants(plainGets)
+			c.send("%s", target) // over the connection of the pool, and so to the address that was judged
+			up.head()
+			up.send("%s", plainAnswer)
+			c.wants(plainGets)
+			dns.wantsAsked(t, name, 1)
+			method := "GET"
+			switch end {
+			case "between requests": // whether the proxy has seen the end when the next request comes or not
+				up.Close()
+				c.send("%s", target)
+			case "during a request": // so that the request is repeated
+				c.send("%s", target)
+				up.head()
+				up.Close()
+			default: // a tunnel has no use for the connection of the pool
+				method = "CONNECT"
+				c.send("%s", targeted("CONNECT", name+":"+port))
+			}
+			status, token, text := c.reached(method)
+			refused(t, p, method, name, 3, status, token, text, private)
+			dns.wantsAsked(t, name, 2)
+			inner.wantsUntouched(t)
+			up.Close()
+		}
+		origin.wantsNone()
+	})
+
+	t.Run("one answer", func(t *testing.T) {
+		_, closed, _ := net.SplitHostPort(freeAddr(t)) // at which only the forbidden address listens
+		innerClosed := setTrap(t, net.JoinHostPort(private, closed))
+		p := startProxy(t, append(vars, "POOL_IDLE=0")...)
+		many := make([]string, 400)
+		for i := range many {
+			many[i] = private
+		}
+		tcpOnly := func(full func(*dnsQuery)) func(*dnsQuery) {
+			return func(q *dnsQuery) {
+				if q.answer.Truncated = !q.tcp; q.tcp {
+					full(q)
+				}
+			}
+		}
+		for name, e := range map[string]struct {
+			script func(*dnsQuery)
+			port   string
+			addr   string // the one that the log tells of; "" if it is reached, "-" if the connection is refused
+		}{
+			"public-private":   {func(q *dnsQuery) { q.give(public, private) }, port, ""},
+			"private-public":   {func(q *dnsQuery) { q.give(private, public) }, port, ""},
+			"refusing-private": {func(q *dnsQuery) { q.give(public, private) }, closed, "-"},
+			"private-refusing": {func(q *dnsQuery) { q.give(private, public) }, closed, "-"},
+			"two-families":     {func(q *dnsQuery) { q.give(public, "::ffff:"+private, "64:ff9b::7f00:42", "::1") }, port, ""},
+			"refusing-mapped":  {func(q *dnsQuery) { q.give(public, "::ffff:"+private, "::1") }, closed, "-"},
+			"twice":            {func(q *dnsQuery) { q.give(private, private) }, port, private},
+			"mapped":           {func(q *dnsQuery) { q.give("::ffff:" + private) }, port, private},
+			"nat64":            {func(q *dnsQuery) { q.give("64:ff9b::7f00:42") }, port, "64:ff9b::7f00:42"},
+			"6to4":             {func(q *dnsQuery) { q.give("2002:7f00:42::") }, port, "2002:7f00:42::"},
+			"compatible":       {func(q *dnsQuery) { q.give("::" + private) }, port, "::7f00:42"},
+			"alias":            {func(q *dnsQuery) { q.owned(q.chain(1), private) }, port, private},
+			"long-chain":       {func(q *dnsQuery) { q.owned(q.chain(50), private) }, port, private},
+			"long-chain-good":  {func(q *dnsQuery) { q.owned(q.chain(50), public) }, port, ""},
+			"looping-chain":    {func(q *dnsQuery) { q.alias(q.chain(3), q.name()); q.owned("c2.test.", private) }, port, private},
+			"other-owner":      {func(q *dnsQuery) { q.owned("elsewhere.test.", private) }, port, private},
+			"truncated":        {tcpOnly(func(q *dnsQuery) { q.give(private) }), port, private},
+			"truncated-good":   {tcpOnly(func(q *dnsQuery) { q.give(public) }), port, ""},
+			"many-in-one":      {func(q *dnsQuery) { q.give(many...) }, port, private}, // more than the size that the query allows: Go takes what it has read
+			"many":             {tcpOnly(func(q *dnsQuery) { q.give(many...) }), port, private},
+			"many-and-good":    {tcpOnly(func(q *dnsQuery) { q.give(public); q.give(many...) }), port, ""},
+			"half-public": {func(q *dnsQuery) { // what is cut off counts, not what came before
+				q.give(public)
+				if q.answer.Truncated = !q.tcp; q.tcp {
+					q.answer.Answers = nil
+					q.give(private)
+				}
+			}, port, private},
+			"forged": {func(q *dnsQuery) { // one who guesses is quicker than the resolver
+				q.give(private)
+				q.answer.ID++
+				forged := q.packed()
+				q.answer.ID--
+				q.answer.Answers = nil
+				q.give(public)
+				q.raw = [][]byte{forged, forged, q.packed()}
+			}, port, ""},
+			"long-record": {func(q *dnsQuery) { // an A record of 16 bytes
+				q.give(private)
+				if b := q.packed(); q.kind == dnsmessage.TypeA {
+					b[len(b)-5] = 16
+					q.raw = [][]byte{append(b, make([]byte, 12)...)}
+				}
+			}, port, private},
+		} {
+			dns.set(name+".test", e.script)
+			for _, method := range methods {
+				name := strings.ToLower(method) + "." + name + ".test"
+				status, token, text := reach(t, p, method, name+":"+e.port)
+				switch e.addr {
+				case "":
+					if status != 200 || text != good {
+						t.Errorf("%s %s: %d %s %s, want 200 from %s", method, name, status, token, text, good)
+					}
+				case "-":
+					if status != 502 || token != tokenRefused {
+						t.Errorf("%s %s: %d %s %s, want 502 %s", method, name, status, token, text, tokenRefused)
+					}
+				default:
+					refused(t, p, method, name, 1, status, token, text, e.addr)
+				}
+				dns.wantsAsked(t, name, 1)
+				inner.wantsUntouched(t)
+				innerClosed.wantsUntouched(t)
+			}
+		}
+	})
+
+	// What is no answer is none: the client gets an error in time, and the next name is served.
+	t.Run("malformed", func(t *testing.T) {
+		code := func(c dnsmessage.RCode) func(*dnsQuery) {
+			return func(q *dnsQuery) { q.give(private); q.answer.RCode = c }
+		}
+		patched := func(edit func(b []byte) []byte) func(*dnsQuery) {
+			return func(q *dnsQuery) {
+				q.answer.Answers = nil
+				q.owned(q.name(), private, "::ffff:"+private)
+				q.raw = [][]byte{edit(q.packed())}
+			}
+		}
+		scripts := map[string]func(*dnsQuery){
+			"silent":    func(q *dnsQuery) { q.raw = silence },
+			"noise":     func(q *dnsQuery) { q.raw = [][]byte{noise(64, 1), noise(512, 2), {}, noise(11, 3), noise(4000, 4)} },
+			"refused":   code(dnsmessage.RCodeRefused),
+			"failing":   code(dnsmessage.RCodeServerFailure),
+			"gone":      code(dnsmessage.RCodeNameError),
+			"unversed":  code(dnsmessage.RCodeNotImplemented),
+			"formless":  code(dnsmessage.RCodeFormatError),
+			"empty":     func(q *dnsQuery) {},
+			"loop":      func(q *dnsQuery) { q.alias(q.chain(1), q.name()) },
+			"own-alias": func(q *dnsQuery) { q.alias(q.name(), q.name()) },
+			"chain":     func(q *dnsQuery) { q.chain(50) },
+			"wrong-id":  patched(func(b []byte) []byte { b[0] ^= 1; return b }),
+			"query":     patched(func(b []byte) []byte { b[2] &^= 0x80; return b }),
+			"cut":       patched(func(b []byte) []byte { return b[:len(b)-2] }),
+			"headless":  patched(func(b []byte) []byte { return b[:11] }),
+			"counts":    patched(func(b []byte) []byte { b[6], b[7] = 0xff, 0xff; return b[:len(b)-1] }),
+			"no-question": patched(func(b []byte) []byte {
+				b[5] = 0
+				return b
+			}),
+			"other-question": func(q *dnsQuery) {
+				q.answer.Questions = slices.Clone(q.answer.Questions)
+				q.answer.Questions[0].Name = dnsmessage.MustNewName("other.test.")
+				q.owned("other.test.", private)
+			},
+			"pointer-loop": func(q *dnsQuery) { // the owner's name is a pointer to itself
+				b := q.packed()
+				at := len(b)
+				b[7] = 1
+				q.raw = [][]byte{append(b, 0xc0, byte(at), 0, byte(q.kind), 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 66)}
+			},
+			"pointers-in-a-ring": func(q *dnsQuery) {
+				b := q.packed()
+				at := len(b)
+				b[7] = 1
+				q.raw = [][]byte{append(b, 0xc0, byte(at+2), 0xc0, byte(at), 0, byte(q.kind), 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 66)}
+			},
+			"pointer-out": func(q *dnsQuery) {
+				b := q.packed()
+				b[7] = 1
+				q.raw = [][]byte{append(b, 0xff, 0xff, 0, byte(q.kind), 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 66)}
+			},
+			"short-record": patched(func(b []byte) []byte { return append(b[:len(b)-5], 1, 127) }),
+			"truncated":    func(q *dnsQuery) { q.answer.Truncated = true; q.answer.RCode = dnsmessage.RCodeRefused },
+			"truncated-then-silent": func(q *dnsQuery) {
+				q.give(private)
+				if q.answer.Truncated = true; q.tcp {
+					q.raw = silence
+				}
+			},
+			"truncated-then-noise": func(q *dnsQuery) {
+				if q.answer.Truncated = true; q.tcp {
+					q.raw = [][]byte{noise(300, 5)}
+				}
+			},
+		}
+		const limit = 300 * time.Millisecond
+		dns.set("fine.test", func(q *dnsQuery) { q.give(public) })
+		p := startProxy(t, append(vars, "POOL_IDLE=0", "DNS_TIMEOUT="+limit.String())...)
+		type waiting struct {
+			*peer
+			method, name string
+		}
+		var clients []waiting
+		for name, script := range scripts {
+			dns.set(name+".test", script)
+			for _, method := range methods {
+				clients = append(clients, waiting{p.dial(t), method, strings.ToLower(method) + "." + name + ".test"})
+			}
+		}
+		begun := time.Now()
+		for _, c := range clients {
+			c.send("%s", targeted(c.method, c.name+":"+port))
+		}
+		for _, c := range clients {
+			status, token, text := c.reached(c.method)
+			if !(status == 502 && token == tokenDNS || status == 504 && token == tokenDNSTimeout) {
+				t.Errorf("%s %s: %d %s %s, want a failure of DNS", c.method, c.name, status, token, text)
+			}
+			if strings.Contains(text, private) {
+				t.Errorf("%s %s: the client is told the address: %s", c.method, c.name, text)
+			}
+			wantsLogged(t, p.nthRecord(t, c.name, 1), status, token)
+		}
+		if took := time.Since(begun); took > limit+time.Second { // for all of them, with what the machine needs
+			t.Errorf("the last answer came after %v, although DNS_TIMEOUT=%v", took, limit)
+		}
+		inner.wantsUntouched(t)
+		for _, method := range methods {
+			if status, token, text := reach(t, p, method, "fine.test:"+port); status != 200 || text != good {
+				t.Errorf("%s afterwards: %d %s %s", method, status, token, text)
+			}
+		}
+	})
+}
+
+// However a host is written, it is judged as what it means, or not taken at all. 127.0.0.2 plays the public address, which every
+// name has.
 func TestHostSpellings(t *testing.T) {
-	s := testServer(t, "DENY_HOSTS=.evil.test,xn--bcher-kva.test,192.0.2.1,[2001:db8::1]", "ALLOW_PORTS=*")
-	for _, e := range []struct {
-		authority string
-		key       string // "" = malformed
-		denied    bool
-	}{
-		{"evil.test:80", "evil.test:80", true}, {"EVIL.Test:80", "evil.test:80", true}, {"evil.test.:80", "evil.test:80", true}, {"a.EVIL.test.:1", "a.evil.test:1", true},
-		{"evil.test:0080", "evil.test:80", true}, {"notevil.test:80", "notevil.test:80", false}, {"evil.test.com:80", "evil.test.com:80", false},
-		{"XN--BCHER-KVA.test:80", "xn--bcher-kva.test:80", true}, {"192.0.2.1:80", "192.0.2.1:80", true}, {"192.0.2.1.:80", "192.0.2.1:80", true},
-		{"[::ffff:192.0.2.1]:80", "192.0.2.1:80", true}, {"[::FFFF:c000:201]:80", "192.0.2.1:80", true}, {"[2001:DB8:0:0::1]:80", "2001:db8::1:80", true},
-		{"[2001:db8::0.0.0.1]:80", "2001:db8::1:80", true}, {"[2001:db8::2]:80", "2001:db8::2:80", false},
-		{"evil.test..:80", "", true}, {".evil.test:80", "", true}, {"evil..test:80", "", true}, {"ev%69l.test:80", "", true}, {"evil%2etest:80", "", true},
-		{"evil\u3002test:80", "", true}, {"\uff45vil.test:80", "", true}, {"b\u00fccher.test:80", "", true}, {"[evil.test]:80", "", true}, {"evil.test\\:80", "", true},
-		{"u@evil.test:80", "", true}, {"evil.test:", "", true}, {"evil.test", "", true}, {"evil.test:+80", "", true}, {"evil.test: 80", "", true}, {"evil.test :80", "", true},
-		{"evil.test:65536", "", true}, {"evil.test:0", "", true}, {"3221225985:80", "", true}, {"0xc0000201:80", "", true}, {"0300.0.2.1:80", "", true}, {"192.0.513:80", "", true},
-		{"192.0.2.0x1:80", "", true}, {"192.0.2.01:80", "", true}, {"2001:db8::1:80", "", true}, {"[2001:db8::1%25lo]:80", "", true}, {"[2001:db8::1%lo]:80", "", true},
-		{"", "", true}, {":80", "", true}, {"[]:80", "", true}, {strings.Repeat("a", 64) + ".evil.test:80", "", true}, {strings.Repeat("a.", 122) + "evil.test.x:80", "", true},
+	dns := startHostileDNS(t)
+	dns.set("test", func(q *dnsQuery) { q.give("127.0.0.2") })
+	_, port, _ := net.SplitHostPort(freeAddr(t))
+	good := serveAt(t, "127.0.0.2:"+port, nil)
+	traps := []*trap{setTrap(t, "127.0.0.1:"+port)}
+	if l, err := net.Listen("tcp", "[::1]:"+port); err == nil { // not every machine has IPv6
+		t.Cleanup(func() { l.Close() })
+		traps = append(traps, &trap{l})
+	}
+	p := startProxy(t, "DNS_SERVERS="+dns.addr, "ALLOW_CIDRS=127.0.0.2", "DENY_HOSTS=evil.test", "POOL_IDLE=0", "DNS_CACHE_TTL=0")
+
+	label := strings.Repeat("a", 63)
+	longest := strings.Repeat(label+".", 3) + label[:56] + ".test" // 253 bytes
+
+	// The verdict for GET and CONNECT; "" is what the other says. {p} is the port at which all listen.
+	type spelling struct{ authority, get, connect string }
+	table := []spelling{
+		{"evil.test", "denied", "400"}, // CONNECT needs a port
+		{"evil.test/x", "denied", "400"},
+		{"evil.test?x", "denied", "400"},
+		{"evil.test:{p}/x", "denied", "400"},
+		{"127.0.0.1/x", "prohibited", "400"},
+		{"good.test:{p}?@evil.test", "passes", "400"}, // a query
+	}
+	for verdict, list := range map[string][]string{
+		"passes": {"good.test:{p}", "GOOD.Test:{p}", "good.test.:{p}", "Good.TEST.:{p}", "good.test:0{p}", "good.test:000{p}", "xn--bcher-kva.test:{p}",
+			"XN--Bcher-KVA.test:{p}", "a_b.test:{p}", "127.0.0.2:{p}", "127.0.0.2.:{p}", "[::ffff:127.0.0.2]:{p}", "[::FFFF:7F00:0002]:{p}",
+			"0x7f.0.0.test:{p}", "127.0.0.test:{p}", "1e0.test:{p}", label + ".test:{p}", longest + ":{p}", longest + ".:{p}",
+			"evil.test.good.test:{p}", "x.evil.test:{p}"}, // the rule is for evil.test alone
+		"denied": {"evil.test:{p}", "EVIL.TEST:{p}", "eViL.tEsT:{p}", "evil.test.:{p}", "Evil.Test.:{p}", "evil.test:080", "evil.test:00080", "evil.test:1",
+			"evil.test:65535"},
+		"prohibited": {"127.0.0.1:{p}", "127.0.0.1.:{p}", "[::1]:{p}", "[0:0:0:0:0:0:0:1]:{p}", "[0000::0001]:{p}", "[::0.0.0.1]:{p}", "[::ffff:127.0.0.1]:{p}",
+			"[::ffff:7f00:1]:{p}", "[::FFFF:7F00:1]:{p}", "[0:0:0:0:0:FFFF:127.0.0.1]:{p}", "[::127.0.0.1]:{p}", "[64:ff9b::127.0.0.1]:{p}", "[64:ff9b::7f00:1]:{p}",
+			"[2002:7f00:1::]:{p}", "[::]:{p}", "0.0.0.0:{p}", "[::ffff:0.0.0.0]:{p}", "[fe80::1]:{p}", "169.254.169.254:{p}", "255.255.255.255:{p}", "127.0.0.1:0{p}"},
+		"400": {
+			// of names
+			"evil.test..:{p}", "[evil.test]:{p}", "[evil.test.]:{p}", ".evil.test:{p}", "evil..test:{p}", ".:{p}", "..:{p}", "", ":{p}", ":", "@:{p}", "@evil.test:{p}",
+			"%65vil.test:{p}", "evil%2etest:{p}", "evil%2Etest:{p}", "evil.test%2e:{p}", "evil.test%00:{p}", "evil.test%00.good.test:{p}", "evil%252etest:{p}",
+			"ｅｖｉｌ.test:{p}", "evil．test:{p}", "evil。test:{p}", "evil｡test:{p}", "еvil.test:{p}", "evil.tést:{p}", "ⓔvil.test:{p}", "evil.teﬆ:{p}", "ev\u0131l.test:{p}",
+			"evil\u00ad.test:{p}", "evil\u200b.test:{p}", "\ufeffevil.test:{p}", "evil.te\u017ft:{p}", "bücher.test:{p}", "evil.test\xff:{p}",
+			"evil.test\x00:{p}", "\x00evil.test:{p}", "evil.test\r:{p}", "evil\r.test:{p}", "evil.test\n:{p}", "evil.test\t:{p}", "\tevil.test:{p}", " evil.test:{p}",
+			"evil.test :{p}", "evil .test:{p}", "evil.test\x0b:{p}", "evil.test\x7f:{p}", "evil.test\\:{p}", "evil\\.test:{p}", "\\evil.test:{p}", "evil.test\\@good.test:{p}",
+			"user@evil.test:{p}", "user:pw@evil.test:{p}", "good.test@evil.test:{p}", "good.test:{p}@evil.test:{p}", "evil.test:{p}@good.test:{p}",
+			"good.test#@evil.test:{p}", "evil.test#:{p}", "evil.test;:{p}", "evil.test,good.test:{p}", "*.test:{p}", "evil.test!:{p}", "(evil.test):{p}", "\"evil.test\":{p}",
+			"'evil.test':{p}", "evil.test&x:{p}", "evil.test=x:{p}", "evil+.test:{p}", "~evil.test:{p}", "$evil.test:{p}", "evil|test:{p}", "{evil.test}:{p}", "<evil.test>:{p}",
+			"http://evil.test:{p}", "evil.test:http:{p}", label + "a.test:{p}", "a." + longest[1:] + ":{p}", "a." + longest[1:] + ".:{p}",
+			// of ports
+			"evil.test:0", "evil.test:00", "evil.test:65536", "evil.test:99999999999999999999", "evil.test:+80", "evil.test:-80", "evil.test:", "evil.test: 80",
+			"evil.test:80 ", "evil.test:8 0", "evil.test:8_0", "evil.test:0x50", "evil.test:80.0", "evil.test:８０", "evil.test:80:80", "evil.test::80", "evil.test:80:",
+			"evil.test:%38%30", "[::1]:0", "[::1]:65536", "[::1]:", "[::1]:+80", "127.0.0.1:", "127.0.0.1:+80", "[::1]::80",
+			// of IPv4 addresses
+			"2130706433:{p}", "0x7f000001:{p}", "0X7F000001:{p}", "017700000001:{p}", "0177.0.0.1:{p}", "127.1:{p}", "127.0.1:{p}", "127.0.0.1..:{p}", "0x7f.1:{p}",
+			"0x7f.0.0.1:{p}", "127.0.0.0x1:{p}", "0x7f.0x0.0x0.0x1:{p}", "00000127.0.0.1:{p}", "127.0.0.01:{p}", "127.0.0.001:{p}", "127.00.0.1:{p}", "127.0.0.1.0:{p}",
+			"256.0.0.1:{p}", "127.0.0.256:{p}", "4294967296:{p}", "6425673729:{p}", "0:{p}", "1:{p}", "0x:{p}", "0x0:{p}", "127..0.1:{p}", ".127.0.0.1:{p}",
+			"[127.0.0.1]:{p}", "[2130706433]:{p}", "%31%32%37.0.0.1:{p}", "127%2e0%2e0%2e1:{p}", "１２７.0.0.1:{p}", "①②⑦.0.0.1:{p}", "127。0。0。1:{p}", "127．0．0．1:{p}",
+			"127.0.0.1\x00:{p}", "127.0.0.1 :{p}", "127.0.0.1\\:{p}", "user@127.0.0.1:{p}", "good.1:{p}", "good.0x7f:{p}", "good.127.0.0.1:{p}", "1.2.3.4.127.0.0.1:{p}",
+			"127.0.0.1/8:{p}x",
+			// of IPv6 addresses
+			"[::1%25lo]:{p}", "[::1%lo]:{p}", "[::1%251]:{p}", "[fe80::1%25eth0]:{p}", "[::1%]:{p}", "::1", "::1:{p}", "[::1", "[::1:{p}", "::1]:{p}", "[[::1]]:{p}", "[::1].:{p}",
+			"[::1.]:{p}", "[]:{p}", "[:]:{p}", "[:::1]:{p}", "[::1]x:{p}", "x[::1]:{p}", "[::1]{p}", "[ ::1]:{p}", "[::1 ]:{p}", "[::1/128]:{p}", "[0:0:0:0:0:0:1]:{p}",
+			"[0:0:0:0:0:0:0:0:1]:{p}", "[00000::1]:{p}", "[::1::]:{p}", "[::ffff:127.1]:{p}", "[::ffff:0177.0.0.1]:{p}", "[::ffff:0x7f000001]:{p}", "[::ffff:127.0.0.1.]:{p}",
+			"[v1.x]:{p}", "[v6.::1]:{p}", "%5b::1%5d:{p}", "[%3a%3a1]:{p}", "user@[::1]:{p}", "[::1]@good.test:{p}", "0:0:0:0:0:0:0:1:{p}", "[::１]:{p}",
+		},
+		"no name": {"127.0.0.-1:{p}", "-.-.-:{p}", "a-.-b.test:{p}"}, // to the resolver, which nobody but Sluice asks
 	} {
-		var d destination
-		if err := d.parse([]byte(e.authority), 0); (err != nil) != (e.key == "") || err == nil && string(d.key) != e.key {
-			t.Errorf("%q: key %q, %v; want %q", e.authority, d.key, err, e.key)
-		} else if err == nil && (s.ruleOut(&d) != nil) != e.denied {
-			t.Errorf("%q: denied %v", e.authority, !e.denied)
+		for _, authority := range list {
+			table = append(table, spelling{authority, verdict, verdict})
+		}
+	}
+	for i, s := range table {
+		if s.authority == "127.0.0.1/8:{p}x" { // for GET the rest is a path
+			table[i].get = "prohibited"
+		}
+		if s.authority == "http://evil.test:{p}" { // for GET "http://http://evil.test", with an empty port
+			table[i].get = "400"
+		}
+	}
+
+	wants := map[string]struct {
+		status int
+		token  string
+	}{"passes": {200, ""}, "denied": {403, tokenDenied}, "prohibited": {403, tokenProhibited}, "400": {400, tokenRequest}, "no name": {502, tokenDNS}}
+	for _, s := range table {
+		authority := strings.ReplaceAll(s.authority, "{p}", port)
+		for method, verdict := range map[string]string{"GET": s.get, "CONNECT": s.connect} {
+			want := wants[verdict]
+			status, token, text := reach(t, p, method, authority)
+			if status != want.status || token != want.token || status == 200 && text != good {
+				t.Errorf("%s %q: %d %s %q, want %d %s", method, authority, status, token, text, want.status, want.token)
+			}
+		}
+	}
+	for _, l := range traps {
+		l.wantsUntouched(t)
+	}
+	dns.mu.Lock()
+	defer dns.mu.Unlock()
+	for key := range dns.asked { // what is not taken is not looked up either
+		name, _, _ := strings.Cut(key, ". ")
+		if !slices.ContainsFunc(table, func(s spelling) bool {
+			host, _, _ := strings.Cut(strings.ToLower(s.authority), ":")
+			return s.get == "passes" && strings.TrimSuffix(host, ".") == name
+		}) {
+			t.Errorf("%q was looked up", name)
 		}
 	}
 }
@@ -4916,6 +5509,7 @@ func TestTunnelLimit(t *testing.T) {
 	origin, closed := startOrigin(t), freeAddr(t)
 	p := startProxy(t, "MAX_TUNNELS=2")
 	for range 5 {
+		n := len(p.served())
 		if resp, _ := p.dial(t).ask("CONNECT", closed); resp.StatusCode != 502 {
 			t.Errorf("%s", resp.Status)
 		}
@@ -4927,6 +5521,7 @@ func TestTunnelLimit(t *testing.T) {
 		if resp, _ := c.response("GET"); resp.StatusCode != 200 {
 			t.Errorf("%s", resp.Status)
 		}
+		p.awaitServed(t, n+1) // by then it counts no more
 	}
 	first, firstUp := p.openTunnel(t, origin)
 	socket := p.dial(t)
@@ -6286,97 +6881,204 @@ func FuzzResponse(f *testing.F) {
 }
 
 // FuzzChunks feeds a chunked body in pieces of every size: what is decoded must not depend on it, nor differ from net/http.
-// Normalising a host is idempotent, agrees with net/netip on what an address is, and no spelling of a name or address slips past rules
-// and address classes.
+// endsInNumber is the WHATWG's test for what is an IPv4 address, in whatever form (URL, 3.5, "ends in a number checker").
+func endsInNumber(host string) bool {
+	host = strings.TrimSuffix(host, ".")
+	last := host[strings.LastIndexByte(host, '.')+1:]
+	if last != "" && strings.Trim(last, "0123456789") == "" {
+		return true
+	}
+	digits, hex := strings.CutPrefix(strings.ToLower(last), "0x")
+	return hex && strings.Trim(digits, "0123456789abcdef") == ""
+}
+
+// FuzzHost: an authority means one thing, the same to Sluice, net/url and netip, and no way of writing one evades a rule.
 func FuzzHost(f *testing.F) {
-	for _, seed := range []string{"a.example:80", "A.Evil.Test.:443", "127.0.0.1:1", "[::1]:80", "[::ffff:10.0.0.1]:80", "[64:ff9b::a00:1]:80", "0x7f.1:80", "127.1:80", "1.2.3.4.:9",
-		"[fe80::1%25lo]:80", "evil.test:0080", "_dmarc.evil.test:80", "a..b:80", "xn--a:80", "256.1.1.1:80", "a.0x:80", "08.8.8.8:80", "[2002:7f00:1::]:80", "[::]:80"} {
+	for _, seed := range []string{"a.test", "A.Test.:80", "evil.test", "x.EVIL.test.:8080", "[::1]:80", "[::ffff:127.0.0.1]", "[64:ff9b::a00:1]:443", "10.0.0.1.", "127.0.0.1:1",
+		"0x7f.1", "127.1", "a..b", "user@a.test", "a.test:065535", "[fe80::1%25eth0]:80", "xn--bcher-kva.test", "a_b-c.test:0", "[2002:7f00:1::]", "8.8.8.8", "[2600::1]",
+		"[::127.0.0.1]:80", "evil.test.evil.test", "evil。test", "a:b:80", "224.0.0.1", "[ff02::1]", "0.0.0.0", "a.0x", "1.2.3.4.5"} {
 		f.Add(seed)
 	}
 	s := testServer(f, "DENY_HOSTS=.evil.test", "ALLOW_PORTS=*")
 	f.Fuzz(func(t *testing.T, authority string) {
-		var d, again destination
-		if d.parse([]byte(authority), 0) != nil {
+		var d destination
+		if d.parse([]byte(authority), 80) != nil {
 			return
 		}
-		host := string(d.host)
-		text := net.JoinHostPort(host, strconv.Itoa(int(d.port)))
-		if err := again.parse([]byte(text), 0); err != nil || string(again.key) != string(d.key) || again.ip != d.ip || again.port != d.port || string(again.host) != host {
-			t.Fatalf("%q: %q, then %q, %v", authority, d.key, again.key, err)
+		host, key := string(d.host), string(d.key)
+		if key != host+":"+strconv.Itoa(int(d.port)) || d.port == 0 {
+			t.Fatalf("%q: key %q, host %q, port %d", authority, key, host, d.port)
 		}
-		if host != strings.ToLower(host) || strings.HasSuffix(host, ".") || host == "" {
+		if host == "" || host != strings.ToLower(host) || strings.HasSuffix(host, ".") || strings.ContainsAny(host, "[]%@") {
 			t.Fatalf("%q: host %q", authority, host)
 		}
-		labels := strings.Split(host, ".")
-		last := labels[len(labels)-1]
-		if ip, err := netip.ParseAddr(host); (err == nil) != d.ip.IsValid() || err == nil && ip != d.ip {
-			t.Fatalf("%q: %q is %v, net/netip says %v", authority, host, d.ip, ip)
-		} else if err != nil && (strings.Trim(last, "0123456789") == "" || strings.HasPrefix(last, "0x")) {
-			t.Fatalf("%q: %q ends in a number", authority, host)
+		var again destination
+		if err := again.parse([]byte(net.JoinHostPort(host, strconv.Itoa(int(d.port)))), 0); err != nil {
+			t.Fatalf("%q: key %q does not parse: %v", authority, key, err)
 		}
-		if below := strings.HasSuffix("."+host, ".evil.test"); (s.ruleOut(&d) != nil) != below {
-			t.Fatalf("%q: %q, denied %v", authority, host, !below)
+		if string(again.key) != key || string(again.host) != host || again.ip != d.ip || again.port != d.port {
+			t.Fatalf("%q: %q %v %d, and again: %q %v %d", authority, key, d.ip, d.port, again.key, again.ip, again.port)
 		}
-		x := &exchange{summary: summary{srv: s, dst: d}}
+		a, err := netip.ParseAddr(host)
+		if (err == nil) != d.ip.IsValid() || err == nil && (a != d.ip || a.Is4In6() || a.Zone() != "") {
+			t.Fatalf("%q: host %q is %v (%v) to netip, ip %v", authority, host, a, err, d.ip)
+		}
+		if err != nil && (endsInNumber(host) || strings.Contains(host, ":")) {
+			t.Fatalf("%q: host %q may be an address to others", authority, host)
+		}
+		u, err := url.Parse("http://" + authority + "/")
+		if err != nil || u.User != nil || u.Path != "/" || u.Port() != "" && u.Port() != strings.TrimLeft(u.Port(), "+-") {
+			t.Fatalf("%q is not an authority to net/url: %v", authority, err)
+		}
+		theirs := strings.ToLower(strings.TrimSuffix(u.Hostname(), "."))
+		if b, err := netip.ParseAddr(theirs); err == nil {
+			theirs = b.Unmap().String()
+		}
+		if theirs != host {
+			t.Fatalf("%q: host %q, to net/url %q", authority, host, theirs)
+		}
+		if n, _ := strconv.Atoi(u.Port()); u.Port() != "" && n != int(d.port) {
+			t.Fatalf("%q: port %d, to net/url %q", authority, d.port, u.Port())
+		}
+
+		below := "." + strings.ToLower(strings.TrimSuffix(u.Hostname(), "."))
+		if denied := strings.HasSuffix(below, ".evil.test"); (s.ruleOut(&d) != nil) != denied {
+			t.Fatalf("%q: denied %v, want %v", authority, !denied, denied)
+		}
 		if !d.ip.IsValid() {
 			return
 		}
-		for _, a := range faces(nil, d.ip) {
-			special := a.IsLoopback() || a.IsPrivate() || a.IsLinkLocalUnicast() || a.IsUnspecified() || a.IsMulticast() || !a.IsGlobalUnicast()
-			if allowed, _ := x.judge([]netip.Addr{d.ip}); special && len(allowed) > 0 {
-				t.Fatalf("%q: %v may be dialled", authority, allowed)
+		x := &exchange{summary: summary{srv: s, dst: d}}
+		allowed, refused := x.judge([]netip.Addr{d.ip})
+		if (len(allowed) == 0) != (refused != nil) {
+			t.Fatalf("%q: allowed %v, refused %v", authority, allowed, refused)
+		}
+		for _, ap := range allowed {
+			if ap.Port() != d.port {
+				t.Fatalf("%q: %v", authority, ap)
+			}
+			for _, a := range []netip.Addr{ap.Addr(), ap.Addr().Unmap(), a} {
+				if a.IsLoopback() || a.IsPrivate() || a.IsLinkLocalUnicast() || a.IsUnspecified() || a.IsMulticast() {
+					t.Fatalf("%q: %v is allowed", authority, ap)
+				}
 			}
 		}
 	})
 }
 
-// FuzzRules compares the matcher with one that looks at the text of every rule.
-func FuzzRules(f *testing.F) {
-	for _, rules := range []string{"a.test", "*.a.test", ".a.test", "A.Test.:80,*.b.test", "10.0.0.0/8", "10.0.0.0/8:80,10.1.0.0/16:81", "192.0.2.1:443", "[2001:db8::1]:443", "2001:db8::/32",
-		"[2001:db8::/32]:80", "::/0,0.0.0.0/0:1", "com", "*.com,.com:1", "a.test:80 a.test:81\n.b.test"} {
-		for _, authority := range []string{"a.test:80", "b.a.test:81", "10.1.2.3:80", "[2001:db8::1]:443", "com:1"} {
-			f.Add(rules, authority)
+// plainRule reads one rule by the grammar of the manual, as slowly as one likes. covers is nil for what is no rule.
+func plainRule(item string) (covers func(host string, a netip.Addr, port uint16) bool) {
+	if strings.ContainsFunc(item, func(r rune) bool { return r >= utf8.RuneSelf }) {
+		return nil
+	}
+	parse := func(text string) (p netip.Prefix, ok bool) {
+		if a, err := netip.ParseAddr(text); err == nil {
+			return netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), a.Zone() == ""
+		}
+		p, err := netip.ParsePrefix(text)
+		return p, err == nil && !p.Addr().Is4In6()
+	}
+	within := func(p netip.Prefix, of uint16) func(string, netip.Addr, uint16) bool {
+		return func(_ string, a netip.Addr, port uint16) bool {
+			return (of == 0 || of == port) && a.IsValid() && p.Contains(a.WithZone(""))
 		}
 	}
-	naive := func(rule string, d *destination) bool {
-		rule = strings.ToLower(rule)
-		host, port := rule, ""
-		if _, ok := parsePrefix(rule); !ok {
-			if i := strings.LastIndex(rule, ":"); i > strings.LastIndex(rule, "]") {
-				host, port = rule[:i], rule[i+1:]
+	if p, ok := parse(item); ok {
+		return within(p, 0)
+	}
+	of := uint16(0)
+	host, digits, ported := item, "", false
+	if i := strings.LastIndex(item, ":"); i >= 0 && !strings.Contains(item[i:], "]") {
+		host, digits, ported = item[:i], item[i+1:], true
+	}
+	if ported {
+		n, err := strconv.ParseUint(digits, 10, 16)
+		if err != nil || n == 0 {
+			return nil
+		}
+		of = uint16(n)
+	}
+	if strings.HasPrefix(host, "[") && strings.HasSuffix(host, "]") {
+		if p, ok := parse(host[1 : len(host)-1]); ok && p.Addr().Is6() {
+			return within(p, of)
+		}
+		return nil
+	}
+	if p, ok := parse(host); ok {
+		if p.Addr().Is6() {
+			return nil // 2001:db8::/32:443 needs brackets
+		}
+		return within(p, of)
+	}
+	name := strings.ToLower(strings.TrimSuffix(host, "."))
+	self, below := true, false
+	if rest, ok := strings.CutPrefix(name, "*."); ok {
+		name, self, below = rest, false, true
+	} else if rest, ok := strings.CutPrefix(name, "."); ok {
+		name, below = rest, true
+	}
+	if last := name[strings.LastIndexByte(name, '.')+1:]; len(name) > 253 || endsInNumber(name) || strings.HasPrefix(last, "0x") {
+		return nil // Sluice takes no last label for a name that begins as a hexadecimal number, also where "0xyz" is none
+	}
+	for label := range strings.SplitSeq(name, ".") {
+		if label == "" || len(label) > 63 || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-_") != "" {
+			return nil
+		}
+	}
+	return func(host string, _ netip.Addr, port uint16) bool {
+		return (of == 0 || of == port) && (self && host == name || below && strings.HasSuffix(host, "."+name))
+	}
+}
+
+// FuzzRules compares the maps of hostRules with plainRule, rule by rule.
+func FuzzRules(f *testing.F) {
+	for _, list := range []string{"example.com", "*.example.com", ".example.com", "example.com:8080", "*.example.com:8080, .example.com:443", "One.example., a_b.example\nxn--bcher-kva.example",
+		"10.1.2.3", "10.0.0.0/8", "10.1.2.3/8:81", "0.0.0.0/0", "::/0", "2001:db8::1", "2001:db8::/32", "[2001:db8::1]", "[2001:db8::1]:443", "[2001:db8::/32]:443", "[::]:1", "::ffff:10.1.2.3",
+		"10.0.0.0/8:80 10.1.0.0/16:81\t10.1.2.0/24:82,10.1.2.3:83", "a.example:1,a.example:2,.a.example:3,*.a.example:4,*.example", "", ",", "*", "*.", ".", "a:0", "a:65536", "a:080", "[a.example]",
+		"fe80::1%eth0", "127.1", "0x7f.1", "a.example:", "::1:80", "[::1", "*.10.0.0.1", "10.0.0.1/33", "::ffff:10.0.0.0/104", "COM", "*.Com:443", "0XX", "*.0xyz"} {
+		for _, host := range []string{"example.com:8080", "a.example.com", "b.a.example:3", "one.example", "10.1.2.3:81", "[2001:db8::1]:443"} {
+			f.Add(list, host, "10.1.2.3")
+		}
+		f.Add(list, "a.example:1", "2001:db8::5")
+	}
+	f.Fuzz(func(t *testing.T, list, authority, resolved string) {
+		var rules hostRules
+		err := rules.UnmarshalText([]byte(list))
+		var plain []func(string, netip.Addr, uint16) bool
+		var texts []string
+		for item := range strings.FieldsFuncSeq(list, func(r rune) bool { return r == ',' || r == ' ' || r == '\t' || r == '\r' || r == '\n' }) {
+			covers := plainRule(item)
+			if covers == nil {
+				if err == nil {
+					t.Fatalf("%q in %q is taken", item, list)
+				}
+				return
+			}
+			plain, texts = append(plain, covers), append(texts, item)
+		}
+		if err != nil {
+			t.Fatalf("%q: %v", list, err)
+		}
+		compare := func(host string, a netip.Addr, port uint16) {
+			t.Helper()
+			got, want := rules.match([]byte(host), a, port), false
+			for i, covers := range plain {
+				covered := covers(host, a, port)
+				if want = want || covered; got == texts[i] && !covered {
+					t.Fatalf("%q, %q %v %d: the rule %q does not cover it", list, host, a, port, got)
+				}
+			}
+			if want != (got != "") || got != "" && !slices.Contains(texts, got) {
+				t.Fatalf("%q, %q %v %d: rule %q, want any %v", list, host, a, port, got, want)
 			}
 		}
-		if n, err := strconv.Atoi(port); port != "" && (err != nil || uint16(n) != d.port) {
-			return false
-		}
-		host = strings.TrimSuffix(strings.Trim(host, "[]"), ".")
-		if block, ok := parsePrefix(host); ok {
-			return block.Contains(d.ip)
-		}
-		name := string(d.host)
-		switch {
-		case strings.HasPrefix(host, "*."):
-			return strings.HasSuffix(name, host[1:]) && len(name) >= len(host)-1 && name != host[1:]
-		case strings.HasPrefix(host, "."):
-			return strings.HasSuffix("."+name, host)
-		}
-		return name == host
-	}
-	f.Fuzz(func(t *testing.T, text, authority string) {
-		var rules hostRules
 		var d destination
-		if rules.UnmarshalText([]byte(text)) != nil || d.parse([]byte(authority), 0) != nil {
+		if d.parse([]byte(authority), 80) != nil {
 			return
 		}
-		want := ""
-		each([]byte(text), "", func(rule string) bool {
-			if naive(rule, &d) {
-				want = rule
-			}
-			return true
-		})
-		if got := rules.match(d.host, d.ip, d.port); (got == "") != (want == "") || got != "" && !naive(got, &d) {
-			t.Fatalf("%q among %q: by rule %q, want %q", authority, text, got, want)
+		compare(string(d.host), d.ip, d.port)
+		if a, err := netip.ParseAddr(resolved); err == nil { // as obstacle asks
+			compare("", a.Unmap(), d.port)
 		}
 	})
 }
@@ -6606,9 +7308,9 @@ func policyDecisions(t testing.TB) map[string]func() {
 		}
 	}
 	s := testServer(t, "USERS=ann:"+hashOf(t, "secret", 4))
-	x := &exchange{summary: summary{srv: s, start: time.Now()}}
+	x := &exchange{summary: summary{srv: s, c: &client{}, start: time.Now()}}
 	x.dst.parse([]byte("api.example.com:443"), 0)
-	x.req.credentials = []byte("Basic YW5uOnNlY3JldA==")
+	x.req.credentials = []byte("YW5uOnNlY3JldA==")
 	decisions["credentials, hosts and ports"] = func() {
 		if f := x.admit(); f != nil {
 			t.Fatal(f.text)

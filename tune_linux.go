@@ -37,7 +37,7 @@ import (
 
 // sockets makes connections, sets options on sockets before they listen or connect, and keeps pipes.
 type sockets struct {
-	deadPeer time.Duration
+	deadPeer time.Duration // after which a peer that acknowledges nothing is given up
 
 	mu    sync.Mutex
 	pipes []*[2]int // empty, for reuse; guarded by mu
@@ -45,6 +45,8 @@ type sockets struct {
 }
 
 func (s *server) openListeners(ctx context.Context, addr string) error {
+	const long = 15 * time.Minute
+	s.sockets.deadPeer = max(cmp.Or(s.cfg.TunnelIdleTimeout, long), cmp.Or(s.cfg.BodyTimeout, long), time.Minute)
 	lc := net.ListenConfig{Control: s.sockets.listening, KeepAlive: -1} // accepted sockets inherit what Control sets
 	lc.SetMultipathTCP(false)                                           // splice(2) and the socket options want plain TCP
 	for range cmp.Or(s.cfg.Listeners, runtime.GOMAXPROCS(0)) {          // which minds the affinity mask and the cgroup's CPU quota
@@ -111,11 +113,24 @@ func (k *socket) SetLinger(seconds int) error {
 	})
 }
 
+// interleave orders addresses so that the families take turns, beginning with that of the first (RFC 8305, 4).
+func interleave(addrs []netip.AddrPort) []netip.AddrPort {
+	rank, next := map[netip.AddrPort]int{}, map[bool]int{true: 0, false: 1} // by whether an address is of the family of the first
+	for _, a := range addrs {
+		first := a.Addr().Is4() == addrs[0].Addr().Is4()
+		rank[a] = next[first]
+		next[first] += 2
+	}
+	slices.SortFunc(addrs, func(a, b netip.AddrPort) int { return rank[a] - rank[b] })
+	return slices.Compact(addrs)
+}
+
 // dial has the addresses race (RFC 8305), each with a head start, the next at once when one fails.
 func (s *server) dial(ctx context.Context, addrs []netip.AddrPort) (*upstream, error) {
 	if len(addrs) == 1 {
 		return s.dialOne(ctx, addrs[0])
 	}
+	addrs = interleave(addrs)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	winner, losers := make(chan *upstream), make(chan error, len(addrs)) // every loser is counted, also when nobody waits
@@ -1065,7 +1080,7 @@ func (t *tunnel) leave() {
 	}
 	t.timer.Stop()
 	t.x.end, t.x.upBytes, t.x.downSize, t.x.closed = time.Now(), t.onward.bytes, t.backward.bytes, t.reason
-	t.x.srv.limits.tunnels.give(struct{}{})
+	t.x.srv.limits.tunnels.add(struct{}{}, -1)
 	t.x.record(nil)
 	t.up.close()
 	t.x.c.end()

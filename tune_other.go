@@ -18,7 +18,7 @@ import (
 	"time"
 )
 
-type sockets struct{ deadPeer time.Duration }
+type sockets struct{}
 
 func (*sockets) close() {}
 
@@ -165,7 +165,7 @@ func (x *exchange) relay(up *upstream) {
 	t.timer.Stop()
 	t.x.end, t.x.closed = time.Now(), t.reason
 	t.mu.Unlock()
-	t.x.srv.limits.tunnels.give(struct{}{})
+	t.x.srv.limits.tunnels.add(struct{}{}, -1)
 	t.x.record(nil)
 	up.close()
 	c.end()
