@@ -894,7 +894,7 @@ func (c *client) linger() {
 	}
 }
 
-// quota counts what is open by key, up to most of each; 0 = any number, which is not counted.
+// quota counts what is open by key, up to most of each; 0 = any number.
 type quota[K comparable] struct {
 	most int
 	mu   sync.Mutex
@@ -1688,9 +1688,10 @@ func (c *contacts) list(log *slog.Logger) {
 		i := strings.LastIndexByte(key, ':')
 		rules, ports[key[i+1:]] = append(rules, net.JoinHostPort(key[:i], key[i+1:])), true
 	}
-	slices.Sort(rules)
-	log.Info("destinations", "allow_hosts", envPrefix+"ALLOW_HOSTS="+strings.Join(rules, ","), "count", len(rules), "contacts_with_others", c.more,
-		"allow_ports", envPrefix+"ALLOW_PORTS="+strings.Join(slices.Sorted(maps.Keys(ports)), ","))
+	if slices.Sort(rules); len(rules) > 0 { // an empty value would allow everything
+		log.Info("destinations", "allow_hosts", envPrefix+"ALLOW_HOSTS="+strings.Join(rules, ","), "count", len(rules), "contacts_with_others", c.more,
+			"allow_ports", envPrefix+"ALLOW_PORTS="+strings.Join(slices.Sorted(maps.Keys(ports)), ","))
+	}
 }
 
 // authenticate takes note of who asks, where SLUICE_USERS wants to know.
