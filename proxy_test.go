@@ -1936,7 +1936,8 @@ func TestContacts(t *testing.T) {
 			first = append(first, r["server.address"].(string))
 		}
 	}
-	if got := strings.Join(first, " "); got != "z.test a.test 127.0.0.1" {
+	slices.Sort(first) // a record follows its answer, perhaps after that of the next request
+	if got := strings.Join(first, " "); got != "127.0.0.1 a.test z.test" {
 		t.Errorf("logged: %s", got)
 	}
 	wantsFields(t, p.log.await(t, "destinations", 1), map[string]any{"level": "INFO", "count": 3.0, "contacts_with_others": 0.0,
