@@ -675,7 +675,7 @@ func (s *server) drain() {
 	overtime := time.AfterFunc(cmp.Or(s.cfg.DrainTimeout, never), func() { // 0 = never
 		for c := range s.clients.Range {
 			cut.Add(1)
-			c.(*client).sever()
+			go c.(*client).sever() // closing waits for what is computed for the client, such as a hash
 		}
 	})
 	s.serving.Wait()
