@@ -607,8 +607,8 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	return s, err
 }
 
-// listen opens the admin listener and, per address and CPU, a client listener: the kernel spreads connections over them. It says
-// what is in force and begins to accept when all are open.
+// listen opens the admin listener and, per address and CPU, a client listener: the kernel spreads connections over them. It begins to
+// accept when all are open, and says what is in force.
 func (s *server) listen(ctx context.Context) error {
 	for _, addr := range s.cfg.Listen {
 		if err := s.openListeners(ctx, addr); err != nil {
@@ -628,13 +628,13 @@ func (s *server) listen(ctx context.Context) error {
 			}
 		})
 	}
-	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
-		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "users", len(s.cfg.Users), "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
-		"max_conns", s.limits.conns.most, "memory_limit", debug.SetMemoryLimit(-1), "max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 	s.behind.Go(s.watcher.run)
 	for _, l := range s.listeners {
 		s.accepting.Go(func() { s.accept(l) })
 	}
+	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
+		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "users", len(s.cfg.Users), "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
+		"max_conns", s.limits.conns.most, "memory_limit", debug.SetMemoryLimit(-1), "max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 	return nil
 }
 
