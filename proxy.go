@@ -4,9 +4,9 @@
 //
 // The life of a connection:
 //
-//	listener (one per CPU, SO_REUSEPORT) → is the client's address allowed → client.serve, one goroutine
+//	listener (one per CPU, SO_REUSEPORT) → client policy: address, connection limits → client.serve, one goroutine
 //	  → wait for a request without holding a buffer → read its head → parse it strictly, in place
-//	  → admit: port, host, loops → answer a refusal, or
+//	  → admit: credentials, loops, hosts, ports → answer a refusal, or
 //	  → forward: a pooled connection, or resolve → judge every address → dial the allowed ones → pool
 //	      → write the head re-made from slices of the old one → response head → body moved, not held → log
 //	  → CONNECT: resolve, judge, dial → 200 → relay both ways in the kernel → log
