@@ -1880,9 +1880,9 @@ func (s *server) obstacle(d *destination, a netip.Addr, deny *hostRules) *failur
 		if s.isOwn(netip.AddrPortFrom(face, d.port)) {
 			return fail(502, tokenLoop, "%s is this proxy itself", d.key)
 		} else if block := s.cfg.DenyCIDRs.find(face); block != "" {
-			return d.refuse(403, tokenProhibited, a, "an address in "+block+" (SLUICE_DENY_CIDRS)")
+			return d.refuse(tokenProhibited, a, "an address in "+block+" (SLUICE_DENY_CIDRS)")
 		} else if rule := deny.match(nil, face, d.port); rule != "" {
-			return d.refuse(403, tokenDenied, a, "an address that the rule "+rule+" denies (SLUICE_DENY_HOSTS)")
+			return d.refuse(tokenDenied, a, "an address that the rule "+rule+" denies (SLUICE_DENY_HOSTS)")
 		} else if class == classPublic || s.cfg.AllowCIDRs.find(face) != "" {
 			continue
 		}
@@ -1893,17 +1893,17 @@ func (s *server) obstacle(d *destination, a netip.Addr, deny *hostRules) *failur
 			}
 			variables += ", SLUICE_ALLOW_PRIVATE_HOSTS"
 		}
-		return d.refuse(403, tokenProhibited, a, fmt.Sprintf("a %s address (%s)", class, variables))
+		return d.refuse(tokenProhibited, a, fmt.Sprintf("a %s address (%s)", class, variables))
 	}
 	return nil
 }
 
 // refuse says that d is at an address it must not be at. Which one a name has is for the log alone: the resolver may know names of an
 // inner network that the client has no way to look up.
-func (d *destination) refuse(status int, token string, a netip.Addr, what string) *failure {
-	f := fail(status, token, "%s is %s", d.host, what)
+func (d *destination) refuse(token string, a netip.Addr, what string) *failure {
+	f := fail(403, token, "%s is %s", d.host, what)
 	if !d.ip.IsValid() {
-		f = fail(status, token, "%s resolves to %s", d.host, what).because(errors.New(a.Unmap().String()))
+		f = fail(403, token, "%s resolves to %s", d.host, what).because(errors.New(a.Unmap().String()))
 	}
 	return f
 }
@@ -1962,8 +1962,8 @@ func (r *resolver) askOne(host, server string, limit time.Duration) ([]netip.Add
 		}
 		return conn, err
 	}}
-	files := net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) { return nil, net.ErrClosed }}
-	if addrs, err := files.LookupNetIP(ctx, "ip", host); err == nil { // the hosts file has short names without a final dot
+	hostsFile := net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) { return nil, net.ErrClosed }}
+	if addrs, err := hostsFile.LookupNetIP(ctx, "ip", host); err == nil { // it has short names without a final dot
 		return addrs, nil
 	}
 	addrs, err := system.LookupNetIP(ctx, "ip", host+".") // as it is: rules have not judged what a search list would make of it

@@ -2135,22 +2135,32 @@ func TestClientsSeeTheirOwnBytesAlone(t *testing.T) {
 }
 
 // A rule that is taken holds; otherwise who wrote it believes that it does.
+// inNamespace reports whether the test that calls it runs in a namespace of a kind of its own. If not, it runs that test in one, after
+// a shell script that gets args, or skips it where that cannot be.
+func inNamespace(t *testing.T, kind, script string, args ...string) bool {
+	t.Helper()
+	if os.Getenv("TEST_IN_NAMESPACE") == t.Name() {
+		return true
+	}
+	shell := script + ` && echo ready && exec "$0" -test.run "^$TEST_IN_NAMESPACE\$" -test.v`
+	cmd := exec.Command("unshare", append([]string{"--user", "--map-root-user", kind, "sh", "-c", shell, os.Args[0]}, args...)...)
+	cmd.Env = append(os.Environ(), "TEST_IN_NAMESPACE="+t.Name())
+	out, err := cmd.CombinedOutput()
+	if !bytes.Contains(out, []byte("ready\n")) {
+		t.Skipf("no namespace: %v, %s", err, out)
+	}
+	if err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
+		t.Errorf("in its namespace: %v\n%s", err, out)
+	}
+	return false
+}
+
 // A search list makes no names that the rules have not judged. resolv.conf is this process's own, in a mount namespace.
 func TestSearchList(t *testing.T) {
-	if os.Getenv("TEST_SEARCH_LIST") == "" {
-		dir := t.TempDir()
-		os.WriteFile(filepath.Join(dir, "resolv.conf"), []byte("search test\nnameserver 127.0.0.1\n"), 0o644)
-		os.WriteFile(filepath.Join(dir, "hosts"), []byte("127.0.0.1 short long.example\n"), 0o644)
-		cmd := exec.Command("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", `mount --bind "$1/resolv.conf" /etc/resolv.conf && mount --bind "$1/hosts" /etc/hosts &&
-			echo ready && exec "$0" -test.run '^TestSearchList$' -test.v`, os.Args[0], dir)
-		cmd.Env = append(os.Environ(), "TEST_SEARCH_LIST=1")
-		out, err := cmd.CombinedOutput()
-		if !bytes.Contains(out, []byte("ready\n")) {
-			t.Skipf("no mount namespace: %v, %s", err, out)
-		}
-		if err != nil || !bytes.Contains(out, []byte("--- PASS: TestSearchList")) {
-			t.Errorf("in its namespace: %v\n%s", err, out)
-		}
+	dir := t.TempDir()
+	os.WriteFile(filepath.Join(dir, "resolv.conf"), []byte("search test\nnameserver 127.0.0.1\n"), 0o644)
+	os.WriteFile(filepath.Join(dir, "hosts"), []byte("127.0.0.1 short long.example\n"), 0o644)
+	if !inNamespace(t, "--mount", `mount --bind "$1/resolv.conf" /etc/resolv.conf && mount --bind "$1/hosts" /etc/hosts`, dir) {
 		return
 	}
 	dns := startHostileDNS(t)
@@ -3304,17 +3314,7 @@ func TestNameOfBlackHoles(t *testing.T) {
 // TestMeetingItself: a connection to a closed port of this host may be given that very port as its own, and is then connected to
 // itself: what it says would be its answer. It runs in a network namespace in which there are few ports to choose from.
 func TestMeetingItself(t *testing.T) {
-	if os.Getenv("TEST_FEW_PORTS") == "" {
-		cmd := exec.Command("unshare", "--user", "--map-root-user", "--net", "sh", "-c",
-			`ip link set lo up && echo 40000 40007 > /proc/sys/net/ipv4/ip_local_port_range && echo ready && exec "$0" -test.run '^TestMeetingItself$' -test.v`, os.Args[0])
-		cmd.Env = append(os.Environ(), "TEST_FEW_PORTS=1")
-		out, err := cmd.CombinedOutput()
-		if !bytes.Contains(out, []byte("ready\n")) {
-			t.Skipf("no network namespace: %v, %s", err, out)
-		}
-		if err != nil || !bytes.Contains(out, []byte("--- PASS: TestMeetingItself")) {
-			t.Errorf("in its namespace: %v\n%s", err, out)
-		}
+	if !inNamespace(t, "--net", "ip link set lo up && echo 40000 40007 > /proc/sys/net/ipv4/ip_local_port_range") {
 		return
 	}
 	p := startProxy(t, "ADMIN=off")
@@ -5824,67 +5824,16 @@ func TestRefusalsAreNotDestroyed(t *testing.T) {
 	}
 }
 
-// startNameServer runs a resolver for tests. The first label says what it answers: an rcode, "silent", or IPv4 addresses
-// as in "a10-0-0-1.test". What it is silent about it answers when the next question comes, since a lookup that was given up
-// keeps its socket until then.
-func startNameServer(t *testing.T) string {
-	s, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go answerNames(s, ended)
-	t.Cleanup(func() {
-		s.Close()
-		<-ended
-	})
-	return s.LocalAddr().String()
-}
-
-func answerNames(s net.PacketConn, ended chan<- struct{}) {
-	defer close(ended)
-	b := make([]byte, 1500)
-	var late []func()
-	for {
-		n, from, err := s.ReadFrom(b)
-		if err != nil {
-			return
-		}
-		end := 12 // of the question, behind the header (RFC 1035, 4.1)
-		for end < n && b[end] != 0 {
-			end += 1 + int(b[end])
-		}
-		end += 5
-		label := strings.ToLower(string(b[13 : 13+b[12]]))
-		reply := append([]byte{b[0], b[1], 0x81, 0x80, 0, 1, 0, 0, 0, 0, 0, 0}, b[12:end]...)
-		switch {
-		case label == "silent":
-			reply[3] |= 2
-			late = append(late, func() { s.WriteTo(reply, from) })
-			continue
-		case label == "servfail":
-			reply[3] |= 2
-		case label[0] != 'a':
-			reply[3] |= 3
-		case binary.BigEndian.Uint16(b[end-4:]) == 1:
-			for text := range strings.SplitSeq(label[1:], "a") {
-				ip := net.ParseIP(strings.ReplaceAll(text, "-", ".")).To4()
-				reply = append(reply, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, ip[0], ip[1], ip[2], ip[3])
-				reply[7]++
-			}
-		}
-		s.WriteTo(reply, from)
-		for _, answer := range late {
-			answer()
-		}
-		late = nil
-	}
-}
-
 // TestNameFailures resolves names by a resolver of the test's own.
 func TestNameFailures(t *testing.T) {
-	server := startNameServer(t)
-	p := startProxy(t, "DNS_SERVERS="+server, "DNS_TIMEOUT=200ms")
+	dns := startHostileDNS(t)
+	dns.set("servfail.test", func(q *dnsQuery) { q.answer.RCode = dnsmessage.RCodeServerFailure })
+	dns.set("silent.test", func(q *dnsQuery) { q.raw = silence })
+	for name, addrs := range map[string]string{"a10-0-0-1.test": "10.0.0.1", "a10-0-0-1a169-254-169-254.test": "10.0.0.1 169.254.169.254", "a0-0-0-0.test": "0.0.0.0",
+		"a127-0-0-1.test": "127.0.0.1", "a10-0-0-1a127-0-0-1.test": "10.0.0.1 127.0.0.1"} {
+		dns.set(name, func(q *dnsQuery) { q.give(strings.Fields(addrs)...) })
+	}
+	p := startProxy(t, "DNS_SERVERS="+dns.addr, "DNS_TIMEOUT=200ms")
 	o := startOrigin(t)
 	_, port, _ := net.SplitHostPort(o.addr)
 	for _, e := range []struct {
