@@ -13,3 +13,5 @@ require (
 )
 
 require github.com/dustin/go-humanize v1.1.0
+
+require github.com/gaissmai/bart v0.30.0

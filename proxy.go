@@ -38,7 +38,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"log/slog"
 	"maps"
 	"math"
@@ -63,6 +62,7 @@ import (
 
 	"github.com/caarlos0/env/v11"
 	"github.com/dustin/go-humanize"
+	"github.com/gaissmai/bart"
 	"github.com/lmittmann/tint"
 	"golang.org/x/crypto/bcrypt"
 )
@@ -399,39 +399,8 @@ func (p *portSet) UnmarshalText(text []byte) error {
 	})
 }
 
-// prefixMap holds values by address block. To find the blocks that an address is in takes a look-up per length of prefix in use,
-// however many blocks there are.
-type prefixMap[V any] struct {
-	values  map[netip.Prefix]V
-	lengths map[int][]int // of the prefixes, the longest first, by the bits of an address: 32, 128
-}
-
-func (m *prefixMap[V]) put(block netip.Prefix, v V) {
-	if m.values == nil {
-		m.values, m.lengths = map[netip.Prefix]V{}, map[int][]int{}
-	}
-	m.values[block] = v
-	size := block.Addr().BitLen()
-	if !slices.Contains(m.lengths[size], block.Bits()) {
-		m.lengths[size] = append(m.lengths[size], block.Bits())
-		slices.SortFunc(m.lengths[size], func(a, b int) int { return b - a })
-	}
-}
-
-// containing gives the values of the blocks that a is in, the smallest block first.
-func (m *prefixMap[V]) containing(a netip.Addr) iter.Seq[V] {
-	return func(yield func(V) bool) {
-		for _, n := range m.lengths[a.BitLen()] {
-			block, _ := a.Prefix(n) // fits; leaves a zone out
-			if v, ok := m.values[block]; ok && !yield(v) {
-				return
-			}
-		}
-	}
-}
-
 // prefixes is a set of address blocks, each with what it was called; a bare address is a block of one, and some sets have a name.
-type prefixes struct{ prefixMap[string] }
+type prefixes struct{ bart.Table[string] }
 
 func (p *prefixes) UnmarshalText(text []byte) error {
 	sets := map[string]string{"all": "0.0.0.0/0 ::/0", "loopback": "127.0.0.0/8 ::1", "private": "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"}
@@ -439,7 +408,7 @@ func (p *prefixes) UnmarshalText(text []byte) error {
 		for text := range strings.FieldsSeq(cmp.Or(sets[item], item)) {
 			var block netip.Prefix
 			if block, ok = parsePrefix(text); ok {
-				p.put(block, item)
+				p.Insert(block, item)
 			}
 		}
 		return ok
@@ -448,10 +417,8 @@ func (p *prefixes) UnmarshalText(text []byte) error {
 
 // find gives what the smallest block that a is in was called, "" if a is in none.
 func (p *prefixes) find(a netip.Addr) string {
-	for name := range p.containing(a) {
-		return name
-	}
-	return ""
+	name, _ := p.Lookup(a)
+	return name
 }
 
 func parsePrefix(text string) (netip.Prefix, bool) {
@@ -480,7 +447,7 @@ func (s *shares) UnmarshalText(text []byte) error {
 // hostRules are rules for destinations by name, address and port, as they were written. Port 0 stands for every port.
 type hostRules struct {
 	names map[hostPort]string // host "example.com": that name; ".example.com": the names below it
-	nets  prefixMap[map[uint16]string]
+	nets  bart.Table[map[uint16]string]
 }
 
 type hostPort struct {
@@ -508,10 +475,12 @@ func (r *hostRules) add(text string) bool {
 		host = host[1 : len(host)-1]
 	}
 	if block, ok := parsePrefix(host); ok && (bracketed || bare || block.Addr().Is4()) {
-		if r.nets.values[block] == nil {
-			r.nets.put(block, map[uint16]string{})
+		rules, known := r.nets.Get(block)
+		if !known {
+			rules = map[uint16]string{}
+			r.nets.Insert(block, rules)
 		}
-		r.nets.values[block][port] = text
+		rules[port] = text
 		return !bracketed || block.Addr().Is6()
 	}
 	key, below := strings.CutPrefix(strings.TrimSuffix(host, "."), "*") // "*.x" and ".x" have the same key
@@ -525,9 +494,9 @@ func (r *hostRules) add(text string) bool {
 }
 
 // match gives the rule that covers host (lower case, no trailing dot; may be nil) or ip (may be invalid), and port, "" if none does.
-// It takes a look-up per label of a name, and per length of prefix for an address.
+// It takes a look-up per label of a name, and one for an address.
 func (r *hostRules) match(host []byte, ip netip.Addr, port uint16) string {
-	for rules := range r.nets.containing(ip) {
+	for _, rules := range r.nets.Supernets(netip.PrefixFrom(ip, ip.BitLen())) { // the smallest block first
 		if rule := cmp.Or(rules[port], rules[0]); rule != "" {
 			return rule
 		}
@@ -567,7 +536,7 @@ func (u *users) UnmarshalText(text []byte) error {
 
 // server is one running proxy.
 type server struct {
-	cfg       config
+	cfg       *config
 	log       *logger
 	buffers   sync.Pool // of *[bufferSize]byte
 	exchanges sync.Pool // of *exchange
@@ -592,7 +561,7 @@ type server struct {
 }
 
 func newServer(cfg *config, log *logger) (s *server, err error) {
-	s = &server{cfg: *cfg, log: log, reached: contacts{keys: map[string]bool{}}, doubtful: contacts{keys: map[string]bool{}, all: true},
+	s = &server{cfg: cfg, log: log, reached: contacts{keys: map[string]bool{}}, doubtful: contacts{keys: map[string]bool{}, all: true},
 		pool: newPool(cfg), gate: newGatekeeper(cfg.Users), hop: []byte(cfg.Name + "\r\n")}
 	s.names = &resolver{cfg: cfg, answers: map[string]*dnsAnswer{}}
 	s.admin = newAdmin(s)
@@ -1813,11 +1782,12 @@ type addressClass string
 const classPublic addressClass = "public"
 
 // classes are the address blocks of addresses.txt, each with its class. The smallest block that an address is in decides.
-var classes = func() (p prefixes) {
+var classes = func() *prefixes {
+	p := new(prefixes)
 	table, _ := files.ReadFile("addresses.txt")
 	for line := range strings.Lines(string(table)) {
 		if words := strings.Fields(line); len(words) > 0 && words[0] != "#" {
-			p.put(netip.MustParsePrefix(words[1]), words[0])
+			p.Insert(netip.MustParsePrefix(words[1]), words[0])
 		}
 	}
 	return p
