@@ -15,3 +15,11 @@ require (
 require github.com/dustin/go-humanize v1.1.0
 
 require github.com/gaissmai/bart v0.30.0
+
+require (
+	github.com/hashicorp/golang-lru/v2 v2.0.7
+	golang.org/x/sync v0.25.0
+	golang.org/x/time v0.16.0
+)
+
+require github.com/agnivade/levenshtein v1.2.2

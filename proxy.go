@@ -60,11 +60,15 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/agnivade/levenshtein"
 	"github.com/caarlos0/env/v11"
 	"github.com/dustin/go-humanize"
 	"github.com/gaissmai/bart"
+	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/lmittmann/tint"
 	"golang.org/x/crypto/bcrypt"
+	"golang.org/x/sync/singleflight"
+	"golang.org/x/time/rate"
 )
 
 // version is set at build time with -ldflags "-X main.version=…".
@@ -171,6 +175,8 @@ type config struct {
 	MaxConns               int           `env:"MAX_CONNS" envDefault:"0"`                    // Client connections; the newest above that get a 503. 0 = from the descriptor limit (two for each, and a reserve) and the memory limit.
 	MaxConnsPerClient      int           `env:"MAX_CONNS_PER_CLIENT" envDefault:"0"`         // Connections per client address (IPv6: per /64); 0 = no limit.
 	MaxTunnels             int           `env:"MAX_TUNNELS" envDefault:"0"`                  // Open tunnels, WebSockets among them; 0 = no limit of its own.
+	Rate                   int           `env:"RATE" envDefault:"0"`                         // Requests per second and client address (IPv6: per /64), tunnels among them; those above get a 429 with Retry-After. 0 = any number.
+	RateBurst              int           `env:"RATE_BURST" envDefault:"0"`                   // Requests that an address may make at once after a pause; 0 = 2 × SLUICE_RATE.
 	MaxHeader              size          `env:"MAX_HEADER" envDefault:"64KiB"`               // Bytes of a request or response head. At most 256 fields are taken whatever its size.
 	MaxRequestBody         size          `env:"MAX_REQUEST_BODY" envDefault:"0"`             // Bytes of a request body; 0 = no limit.
 	MaxResponseBody        size          `env:"MAX_RESPONSE_BODY" envDefault:"0"`            // Bytes of a response body; 0 = no limit.
@@ -186,6 +192,7 @@ type config struct {
 	PoolIdle               int           `env:"POOL_IDLE" envDefault:"1024"`                 // Idle upstream connections kept in all; 0 = none.
 	PoolIdlePerHost        int           `env:"POOL_IDLE_PER_HOST" envDefault:"128"`         // Idle upstream connections kept per host and port; 0 = none.
 	PoolIdleTimeout        time.Duration `env:"POOL_IDLE_TIMEOUT" envDefault:"30s"`          // How long an idle upstream connection is kept.
+	MaxConnsPerHost        int           `env:"MAX_CONNS_PER_HOST" envDefault:"0"`           // Connections to one origin, by host and port, idle and tunnels' among them; a request that needs one more gets a 503. 0 = no limit.
 	DNSCacheTTL            time.Duration `env:"DNS_CACHE_TTL" envDefault:"5s"`               // How long a DNS answer is reused; 0 = not at all.
 	DNSStale               time.Duration `env:"DNS_STALE" envDefault:"5m"`                   // How long an answer may still serve when its refresh fails; 0 = not at all.
 	DNSTimeout             time.Duration `env:"DNS_TIMEOUT" envDefault:"5s"`                 // One lookup.
@@ -294,15 +301,10 @@ func gather(environ []string, vars []variable) (values map[string]string, bad co
 	return values, bad
 }
 
-// nearest names the variable that has the most pairs of letters in common with key, relative to its length.
+// nearest names the variable that the fewest edits of key lead to.
 func nearest(key string, vars []variable) string {
-	alike := func(v variable) (n int) {
-		for name := envPrefix + v.name; len(name) > 1; name = name[1:] {
-			n += 2*strings.Count(key, name[:2]) - 1
-		}
-		return n
-	}
-	return envPrefix + slices.MaxFunc(vars, func(a, b variable) int { return alike(a) - alike(b) }).name
+	edits := func(v variable) int { return levenshtein.ComputeDistance(key, envPrefix+v.name) }
+	return envPrefix + slices.MinFunc(vars, func(a, b variable) int { return edits(a) - edits(b) }).name
 }
 
 // check demands what the types of the fields cannot.
@@ -547,15 +549,17 @@ type server struct {
 	gate      *gatekeeper
 	hop       []byte // "NAME\r\n", the end of the Via field that this hop adds
 
-	listeners []*net.TCPListener
+	listeners []*listener
 	own       []netip.AddrPort // where this process listens, the admin listener included
 	admin     *http.Server
 	stop      func() // begins the drain, as SIGTERM does
 	limits    limits
-	draining  atomic.Bool
-	reached   contacts // destinations that were connected to
-	doubtful  contacts // those that only MODE=audit lets through
-	clients   sync.Map // of *client, while they are open
+	draining  atomic.Bool  // since SIGTERM
+	closing   atomic.Bool  // since the drain's grace is over
+	panics    atomic.Int64 // so far
+	reached   contacts     // destinations that were connected to
+	doubtful  contacts     // those that only MODE=audit lets through
+	clients   sync.Map     // of *client, while they are open
 
 	accepting, serving, behind sync.WaitGroup // accept loops; client connections; watcher and admin
 }
@@ -563,9 +567,13 @@ type server struct {
 func newServer(cfg *config, log *logger) (s *server, err error) {
 	s = &server{cfg: cfg, log: log, reached: contacts{keys: map[string]bool{}}, doubtful: contacts{keys: map[string]bool{}, all: true},
 		pool: newPool(cfg), gate: newGatekeeper(cfg.Users), hop: []byte(cfg.Name + "\r\n")}
-	s.names = &resolver{cfg: cfg, answers: map[string]*dnsAnswer{}}
+	s.names = &resolver{cfg: cfg}
+	s.names.answers, _ = lru.New[string, dnsAnswer](4096) // fails on sizes below 1 only
 	s.admin = newAdmin(s)
-	s.limits.conns.most, s.limits.clients.most, s.limits.tunnels.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient, cfg.MaxTunnels
+	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
+	s.limits.tunnels.most, s.limits.hosts.most = cfg.MaxTunnels, cfg.MaxConnsPerHost
+	s.limits.rates = rates{limit: rate.Limit(cfg.Rate), burst: cmp.Or(cfg.RateBurst, 2*cfg.Rate)}
+	s.limits.rates.buckets, _ = lru.New[netip.Addr, *rate.Limiter](1 << 14) // of 200 bytes each
 	s.buffers.New = func() any { return new([bufferSize]byte) }
 	s.exchanges.New = func() any {
 		x := &exchange{summary: summary{srv: s}}
@@ -599,7 +607,7 @@ func (s *server) listen(ctx context.Context) error {
 	}
 	s.behind.Go(s.watcher.run)
 	for _, l := range s.listeners {
-		s.accepting.Go(func() { s.accept(l) })
+		s.accepting.Go(func() { s.accept(ctx, l) })
 	}
 	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
 		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "users", len(s.cfg.Users), "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
@@ -607,50 +615,32 @@ func (s *server) listen(ctx context.Context) error {
 	return nil
 }
 
-// accept serves connections until the drain. An error, such as a lack of descriptors, is said once and waited out.
-func (s *server) accept(l *net.TCPListener) {
-	for pause := time.Duration(0); ; time.Sleep(pause) {
-		switch conn, err := l.AcceptTCP(); {
-		case err == nil:
-			pause = 0
-			s.serving.Add(1)
-			if c, f := s.newClient(conn); f != nil {
-				c.shed(f)
-			} else {
-				go c.serve()
-			}
-			continue
-		case errors.Is(err, net.ErrClosed), s.draining.Load():
-			return
-		case pause == 0:
-			s.log.process.Warn("accept failed, retrying", "address", l.Addr().String(), logMessage, err.Error())
-		}
-		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-	}
-}
-
-// drain stops accepting, closes idle connections, lets what runs finish, and cuts what is left when DRAIN_TIMEOUT is over.
+// drain stops accepting, closes connections that stay idle for the grace, lets what runs finish, and cuts what is left when
+// DRAIN_TIMEOUT is over.
 func (s *server) drain() {
-	begun, cut := time.Now(), atomic.Int64{}
+	begun, cut, ended := time.Now(), atomic.Int64{}, make(chan struct{})
 	s.draining.Store(true)
 	s.log.process.Info("draining", "timeout", s.cfg.DrainTimeout.String())
-	for _, l := range s.listeners {
-		l.Close()
-	}
-	s.accepting.Wait()
-	for c := range s.clients.Range {
-		c.(*client).closeIdle()
-	}
 	overtime := time.AfterFunc(cmp.Or(s.cfg.DrainTimeout, never), func() { // 0 = never
 		for c := range s.clients.Range {
 			cut.Add(1)
 			go c.(*client).sever() // closing waits for what is computed for the client, such as a hash
 		}
 	})
-	s.serving.Wait()
+	s.accepting.Wait()
+	s.behind.Go(func() { s.serving.Wait(); close(ended) })
+	select {
+	case <-ended:
+	case <-time.After(min(time.Second, cmp.Or(s.cfg.DrainTimeout, never)/8)): // the grace: a request that is on its way would be lost
+	}
+	s.closing.Store(true)
+	for c := range s.clients.Range {
+		c.(*client).closeIdle()
+	}
+	<-ended
 	overtime.Stop()
 	s.reached.list(s.log.process)
-	s.log.process.Info("stopped", "cut", cut.Load(), logDuration, milliseconds(time.Since(begun)))
+	s.log.process.Info("stopped", "cut", cut.Load(), "panics", s.panics.Load(), logDuration, milliseconds(time.Since(begun)))
 }
 
 // close ends everything but client connections.
@@ -695,6 +685,7 @@ type client struct {
 	idle     atomic.Bool // between requests
 	now      time.Time   // when the last request ended
 	left     *exchange   // a request that await has read and left
+	under    *exchange   // the request under way
 	over     bool        // no further request is served
 	detached bool        // a tunnel has taken over
 	lingers  bool        // the end is made with care, since unread bytes are about
@@ -712,18 +703,18 @@ type client struct {
 }
 
 // newClient takes a connection in; a failure says why it is not to be served.
-func (s *server) newClient(conn *net.TCPConn) (c *client, f *failure) {
-	c = &client{addr: addrPort(conn.RemoteAddr()).Addr()}
+func (s *server) newClient(conn stream, addr netip.Addr) (c *client, f *failure) {
+	s.serving.Add(1)
+	c = &client{addr: addr}
 	c.attach(s, conn)
 	s.clients.Store(c, nil)
 	s.log.debug("client connected", c.addr)
 	return c, c.enter()
 }
 
-// shed answers a connection without reading from it, and ends it a second later, so that the reset that unread bytes cause does not
+// shed answers a connection without reading from it, and ends it a little later, so that the reset that unread bytes cause does not
 // destroy the answer. Nothing waits for that but a timer; more than 256 do not, but end at once.
-func (c *client) shed(f *failure) {
-	wait := time.Second
+func (c *client) shed(f *failure, wait time.Duration) {
 	c.newExchange().conclude(f)
 	c.tcp.CloseWrite()
 	if c.srv.limits.shedding.Add(1) > 256 {
@@ -754,9 +745,9 @@ func (c *client) serve() {
 }
 
 func (c *client) newExchange() *exchange {
-	x := c.srv.exchanges.Get().(*exchange)
-	x.begin(c)
-	return x
+	c.under = c.srv.exchanges.Get().(*exchange)
+	c.under.begin(c)
+	return c.under
 }
 
 // finish serves a request that was read.
@@ -765,7 +756,7 @@ func (c *client) finish(x *exchange) {
 		return
 	}
 	c.over, c.lingers = !x.keep, x.lingers && !x.truncated
-	c.now = x.end
+	c.now, c.under = x.end, nil
 	c.srv.exchanges.Put(x)
 }
 
@@ -776,6 +767,10 @@ func (c *client) leave(parked *bool) {
 	}
 	if p := recover(); p != nil {
 		c.srv.logPanic(p)
+		if x := c.under; x != nil && !c.detached {
+			x.keep = false
+			x.conclude(fail(500, tokenInternal, "a fault of the proxy's own"))
+		}
 		c.sever()
 	}
 	if !c.detached {
@@ -784,6 +779,7 @@ func (c *client) leave(parked *bool) {
 }
 
 func (s *server) logPanic(p any) {
+	s.panics.Add(1)
 	s.log.process.Error("panic", logType, tokenInternal, logMessage, fmt.Sprint(p), "stack", string(debug.Stack()))
 }
 
@@ -863,7 +859,7 @@ func (c *client) linger() {
 	}
 }
 
-// quota counts what is open by key, up to most of each; 0 = any number.
+// quota counts what is open by key, up to most of each; 0 = any number, and nothing is counted.
 type quota[K comparable] struct {
 	most int
 	mu   sync.Mutex
@@ -872,9 +868,12 @@ type quota[K comparable] struct {
 
 // add counts n more (1) or less (-1), or reports that there are as many as there may be.
 func (q *quota[K]) add(key K, n int) bool {
+	if q.most == 0 {
+		return true
+	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if n > 0 && q.most > 0 && q.used[key] >= q.most {
+	if n > 0 && q.used[key] >= q.most {
 		return false
 	} else if q.used == nil {
 		q.used = map[K]int{}
@@ -890,7 +889,38 @@ type limits struct {
 	conns    quota[struct{}]
 	clients  quota[netip.Addr] // connections by client.site
 	tunnels  quota[struct{}]
+	hosts    quota[string] // connections to origins by upstream.key
+	rates    rates
 	shedding atomic.Int64
+}
+
+// rates is how many requests client addresses may still make.
+type rates struct {
+	limit   rate.Limit // a second; 0 = any number
+	burst   int
+	buckets *lru.Cache[netip.Addr, *rate.Limiter] // by client.site
+}
+
+// take takes one request off a site's allowance, or tells how long it must wait for that.
+func (r *rates) take(site netip.Addr, now time.Time) (wait time.Duration) {
+	if r.limit == 0 {
+		return 0
+	}
+	b, known := r.buckets.Get(site)
+	if !known {
+		for _, old, any := r.buckets.GetOldest(); any && old.TokensAt(now) >= float64(r.burst); _, old, any = r.buckets.GetOldest() {
+			r.buckets.RemoveOldest() // it is as good as new
+		}
+		b = rate.NewLimiter(r.limit, r.burst)
+		if other, came, _ := r.buckets.PeekOrAdd(site, b); came {
+			b = other
+		}
+	}
+	token := b.ReserveN(now, 1)
+	if wait = token.DelayFrom(now); wait > 0 {
+		token.CancelAt(now)
+	}
+	return wait
 }
 
 // enter counts a client connection in, or says why it must not be.
@@ -1429,7 +1459,7 @@ func (x *exchange) readRequest() *failure {
 		x.lingers = true
 		return x.clientFailure(err, "head", x.srv.cfg.HeaderTimeout, "SLUICE_HEADER_TIMEOUT")
 	}
-	x.keep = x.req.minor == 1 && !x.req.close // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
+	x.keep = x.req.minor == 1 && !x.req.close && !x.srv.draining.Load() // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
 	x.reqBody.begin(&x.c.wire, &x.req, bodyLength, int64(x.srv.cfg.MaxRequestBody))
 	x.trace = traceID(string(x.req.trace))
 	return nil
@@ -1580,12 +1610,16 @@ func parseHost(b []byte) (ip netip.Addr, ok bool) {
 // admit decides what can be decided before a name is resolved.
 func (x *exchange) admit() *failure {
 	limit := int64(x.srv.cfg.MaxRequestBody)
-	switch {
-	case x.failure != nil:
+	if x.failure != nil {
 		return x.failure
-	case x.srv.draining.Load():
-		x.keep = false
-		return fail(503, tokenLimit, "this proxy is draining: it takes no more requests")
+	}
+	switch wait := x.srv.limits.rates.take(x.c.site, x.start); {
+	case wait > 0:
+		f := fail(429, tokenDenied, "more than %d requests a second come from %s (SLUICE_RATE, SLUICE_RATE_BURST)", x.srv.cfg.Rate, x.c.site)
+		f.retry = int(math.Ceil(wait.Seconds()))
+		return f
+	case x.srv.closing.Load() && (x.connect || x.upgrades()):
+		return fail(503, tokenLimit, "this proxy is draining: it opens no more tunnels")
 	}
 	if f := x.authenticate(); f != nil {
 		return f
@@ -1881,25 +1915,19 @@ func (d *destination) refuse(token string, a netip.Addr, what string) *failure {
 // ---------------------------------------------------------------------------------------------------------------------
 // Names and dialling
 
-const (
-	maxNames     = 4096 // answers kept
-	maxAddresses = 16   // of one name, so that a hostile answer does not start a thousand connections
-)
+const maxAddresses = 16 // of one name, so that a hostile answer does not start a thousand connections
 
 // resolver looks names up and remembers the answers for a while.
 type resolver struct {
 	cfg     *config
-	mu      sync.Mutex
-	answers map[string]*dnsAnswer // guarded by mu
+	lookups singleflight.Group // by name
+	answers *lru.Cache[string, dnsAnswer]
 }
 
 // dnsAnswer is what one lookup found.
 type dnsAnswer struct {
-	addrs   []netip.Addr
-	err     error         // why there are none
-	learned time.Time     // when addrs were true
-	next    time.Time     // when to ask again, zero while the lookup is under way; guarded by resolver.mu
-	done    chan struct{} // closed when the lookup ends; all but next is set before, and never changed
+	addrs         []netip.Addr
+	learned, next time.Time // when that was true, when to ask again
 }
 
 // ask asks the resolvers in turn, each for its share of the time, until one answers, if only that the name is gone.
@@ -1945,48 +1973,31 @@ func (r *resolver) askOne(host, server string, limit time.Duration) ([]netip.Add
 
 // resolve returns the addresses of a name. Lookups of one name at one time are one, which goes on when ctx ends this wait.
 func (r *resolver) resolve(ctx context.Context, host string) ([]netip.Addr, error) {
-	a := r.answer(host)
+	if a, known := r.answers.Get(host); known && time.Now().Before(a.next) {
+		return a.addrs, nil
+	}
 	select {
-	case <-a.done:
-		return a.addrs, a.err
+	case found := <-r.lookups.DoChan(host, func() (any, error) { return r.refresh(host) }):
+		return found.Val.([]netip.Addr), found.Err
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
 }
 
-// answer finds what is known of a name, or begins to look it up.
-func (r *resolver) answer(host string) *dnsAnswer {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	old := r.answers[host]
-	if old != nil && (old.next.IsZero() || time.Now().Before(old.next)) {
-		return old
-	}
-	if old == nil && len(r.answers) >= maxNames { // any may go
-		maps.DeleteFunc(r.answers, func(_ string, o *dnsAnswer) bool { return len(r.answers) >= maxNames && !o.next.IsZero() })
-	}
-	a := &dnsAnswer{done: make(chan struct{})}
-	r.answers[host] = a
-	go r.refresh(host, a, old)
-	return a
-}
-
 // refresh looks host up. When that fails, the old answer serves until it is too stale, unless the name is known to be gone.
-func (r *resolver) refresh(host string, a, old *dnsAnswer) {
+func (r *resolver) refresh(host string) ([]netip.Addr, error) {
 	addrs, gone, err := r.ask(host)
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	a, known := r.answers.Peek(host)
 	now := time.Now()
 	if err == nil {
 		a.addrs, a.learned = addrs[:min(len(addrs), maxAddresses)], now
-	} else if old != nil && !gone && now.Sub(old.learned) < r.cfg.DNSStale {
-		a.addrs, a.learned = old.addrs, old.learned
-	} else {
-		a.err = err
-		delete(r.answers, host)
+	} else if !known || gone || now.Sub(a.learned) >= r.cfg.DNSStale {
+		r.answers.Remove(host)
+		return nil, err
 	}
 	a.next = now.Add(r.cfg.DNSCacheTTL)
-	close(a.done)
+	r.answers.Add(host, a)
+	return a.addrs, nil
 }
 
 // dialUpstream resolves, judges and connects. The whole of it ends when DIAL_TIMEOUT is over or the client has left.
@@ -2006,11 +2017,20 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	if len(allowed) == 0 {
 		return nil, f
 	}
+	hosts, key := &x.srv.limits.hosts, string(x.dst.key)
+	for !hosts.add(key, 1) {
+		idle := x.srv.pool.get(x.dst.key, x.start, false) // of no use for a tunnel
+		if idle == nil {
+			return nil, fail(503, tokenLimit, "%d connections to %s are open, as many as there may be (SLUICE_MAX_CONNS_PER_HOST)", hosts.most, key)
+		}
+		idle.close()
+	}
 	up, err := x.srv.dial(ctx, allowed)
 	if err != nil {
+		hosts.add(key, -1)
 		return nil, x.dialFailure(err)
 	}
-	up.key = string(x.dst.key)
+	up.key = key
 	x.first = x.srv.reached.first(&x.dst) // a connection of the pool is to one that is known
 	return up, nil
 }
@@ -2062,6 +2082,9 @@ func (up *upstream) close() {
 	up.srv.watcher.remove(&up.watch)
 	up.tcp.Close()
 	up.drop()
+	if up.key != "" { // it did not only lose a race
+		up.srv.limits.hosts.add(up.key, -1)
+	}
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2658,6 +2681,7 @@ type failure struct {
 	text   string // one line for the client
 	cause  error  // for the log alone; may be nil
 	stale  bool   // the upstream connection ended before a byte of response
+	retry  int    // seconds after which it may be tried again; 0 = not known
 }
 
 func fail(status int, token, format string, args ...any) *failure {
@@ -2679,6 +2703,9 @@ func (x *exchange) answer(f *failure) {
 	why := fmt.Sprintf("Proxy-Status: %s; error=%s; details=%q\r\n", name, f.token, ascii)
 	if f.status == 407 {
 		why += fmt.Sprintf("Proxy-Authenticate: Basic realm=%q, charset=\"UTF-8\"\r\n", x.srv.cfg.Name) // RFC 7617, 2
+	}
+	if f.retry > 0 {
+		why += fmt.Sprintf("Retry-After: %d\r\n", f.retry)
 	}
 	x.keep = x.reply(f.status, "text/plain", why, "sluice: "+f.text+"\n") == nil && x.keep
 }
@@ -2795,7 +2822,9 @@ func (x *summary) record(f *failure) {
 	if x.connect {
 		msg = "tunnel"
 	}
-	if f != nil && f.token != tokenClient {
+	if f != nil && f.token == tokenInternal {
+		level = slog.LevelError
+	} else if f != nil && f.token != tokenClient {
 		level = slog.LevelWarn
 	}
 	if log := x.srv.log; log.wants(level, x.first) {
@@ -2942,7 +2971,9 @@ func askHealth(environ []string) error {
 //
 // tune_linux.go and tune_other.go each define:
 //
-//	(*server).openListeners      appends to server.listeners one for an address, or where they can share it, one per CPU
+//	(*server).openListeners      appends to server.listeners one listener for an address, or where they can share it, one per CPU
+//	(*server).accept(ctx, l)     has connections served until ctx ends, and those that wait then, and closes l. An error, such as a lack of
+//	                             descriptors, is said once and waited out
 //	sockets                      what they need; close frees what is kept
 //	stream                       a connection: the methods of *net.TCPConn that are used
 //	(*server).dial(ctx, addrs)   connects to the first address that answers, until ctx ends; an error is a *net.OpError, with that of ctx

@@ -37,8 +37,10 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode/utf8"
 
@@ -49,6 +51,7 @@ import (
 // The tests speak to a proxy that run() started, over real sockets on loopback: raw bytes in, the bytes that the origin
 // received out. They follow the order of proxy.go's sections.
 
+var long = flag.Bool("long", false, "take the time that some tests need to mean more")
 var update = flag.Bool("update", false, "rewrite the README's table of variables")
 
 // patience bounds every wait of a test; what takes longer has failed.
@@ -2142,9 +2145,9 @@ func inNamespace(t *testing.T, kind, script string, args ...string) bool {
 	if os.Getenv("TEST_IN_NAMESPACE") == t.Name() {
 		return true
 	}
-	shell := script + ` && echo ready && exec "$0" -test.run "^$TEST_IN_NAMESPACE\$" -test.v`
+	shell := script + ` && echo ready && exec "$0" -test.run "^$TEST_IN_NAMESPACE\$" -test.v "$LONG"`
 	cmd := exec.Command("unshare", append([]string{"--user", "--map-root-user", kind, "sh", "-c", shell, os.Args[0]}, args...)...)
-	cmd.Env = append(os.Environ(), "TEST_IN_NAMESPACE="+t.Name())
+	cmd.Env = append(os.Environ(), "TEST_IN_NAMESPACE="+t.Name(), fmt.Sprintf("LONG=-long=%v", *long))
 	out, err := cmd.CombinedOutput()
 	if !bytes.Contains(out, []byte("ready\n")) {
 		t.Skipf("no namespace: %v, %s", err, out)
@@ -5504,6 +5507,201 @@ func TestIPv6ClientsAreCountedByPrefix(t *testing.T) {
 }
 
 // MAX_TUNNELS counts WebSockets too, and nothing that has come to nothing.
+// RATE is by client address, not by connection; a refusal says when to come again and costs no connection.
+func TestRate(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	p := startProxy(t, "RATE=2", "RATE_BURST=3", "DENY_HOSTS=denied.test")
+	first, second := p.dial(t), p.dial(t)
+	first.ask("GET", "http://"+origin+"/")
+	second.ask("GET", "http://"+origin+"/")
+	second.ask("GET", "http://denied.test/") // counts, too
+	second.send("%s", request("GET", "http://"+origin+"/"))
+	resp := second.wantsRefusal("GET", 429, tokenDenied, "2 requests", "127.0.0.1", "SLUICE_RATE")
+	if resp.Header.Get("Retry-After") != "1" || resp.Close {
+		t.Errorf("Retry-After %q, close %v", resp.Header.Get("Retry-After"), resp.Close)
+	}
+	first.send("%s", request("CONNECT", origin))
+	first.wantsRefusal("CONNECT", 429, tokenDenied)
+	eventually(t, "a request that is allowed again", func() bool {
+		resp, _ := second.ask("GET", "http://"+origin+"/")
+		return resp.StatusCode == 200
+	})
+}
+
+// The table of allowances is bounded, and forgets who has not asked for so long that the allowance is whole again.
+func TestRatesAreForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := testServer(t, "RATE=10", "RATE_BURST=20")
+		r := &s.limits.rates
+		site := func(n int) netip.Addr { return netip.AddrFrom4([4]byte{10, byte(n >> 16), byte(n >> 8), byte(n)}) }
+		for n := range 1 << 15 {
+			if wait := r.take(site(n), time.Now()); wait != 0 {
+				t.Fatalf("site %d waits %v for its first request", n, wait)
+			}
+		}
+		if n := r.buckets.Len(); n != 1<<14 {
+			t.Errorf("%d allowances", n)
+		}
+		hot := site(1 << 20)
+		for n := range 25 {
+			if wait := r.take(hot, time.Now()); (wait > 0) != (n >= 20) || wait > 100*time.Millisecond {
+				t.Errorf("request %d waits %v", n, wait)
+			}
+		}
+		time.Sleep(99 * time.Millisecond)
+		if r.take(hot, time.Now()) == 0 {
+			t.Error("a tenth of a second is not over")
+		}
+		time.Sleep(time.Millisecond)
+		if r.take(hot, time.Now()) != 0 {
+			t.Error("a refused request has cost something")
+		}
+		time.Sleep(2 * time.Second)
+		r.take(site(1<<21), time.Now())
+		if n := r.buckets.Len(); n != 1 {
+			t.Errorf("%d allowances, 1 of which says something", n)
+		}
+	})
+}
+
+// Connections to one origin are counted whatever they do: carry a request, wait in the pool, or are a tunnel.
+func TestConnsPerHost(t *testing.T) {
+	p := startProxy(t, "MAX_CONNS_PER_HOST=1")
+	o, closed, other := startOrigin(t), freeAddr(t), serveAt(t, "127.0.0.1:0", nil)
+	c, late := p.dial(t), p.dial(t)
+	c.send("%s", o.fill(plainRequest))
+	up := o.accept()
+	up.head()
+	late.send("%s", o.fill(plainRequest))
+	late.wantsRefusal("GET", 503, tokenLimit, "1 connections to "+o.addr, "SLUICE_MAX_CONNS_PER_HOST")
+	if resp, _ := late.ask("GET", "http://"+other+"/"); resp.StatusCode != 200 {
+		t.Errorf("another origin: %s", resp.Status)
+	}
+	up.send(plainAnswer)
+	c.wants(plainGets)
+	for range 3 { // what fails is not counted
+		late.send("GET http://%s/ HTTP/1.1\r\nHost: a\r\n\r\n", closed)
+		late.wantsRefusal("GET", 502, "connection_refused")
+	}
+	in, out := p.openTunnel(t, o) // takes the place of the connection in the pool
+	up.wantsEnd()
+	c.send("%s", o.fill(plainRequest))
+	c.wantsRefusal("GET", 503, tokenLimit)
+	in.Close()
+	out.wantsEnd()
+	out.Close()
+	p.log.await(t, "tunnel", 1)
+	eventually(t, "the tunnel's place to be free", func() bool {
+		c.send("%s", o.fill(plainRequest))
+		o.Listener.(*net.TCPListener).SetDeadline(time.Now().Add(200 * time.Millisecond))
+		conn, err := o.Accept()
+		if err != nil {
+			c.wantsRefusal("GET", 503, tokenLimit)
+			return false
+		}
+		up := newPeer(t, conn)
+		up.head()
+		up.send(plainAnswer)
+		c.wants(plainGets)
+		return true
+	})
+}
+
+// A panic is answered, counted and ends its connection alone.
+func TestPanic(t *testing.T) {
+	s := testServer(t, "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "NAME=sluice-test")
+	s.openListeners(context.Background(), "127.0.0.1:0") // shares descriptors out
+	names := s.names
+	s.names = nil
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	enter := func() *peer {
+		near, _ := net.Dial("tcp", l.Addr().String())
+		far, _ := l.Accept()
+		c, f := s.newClient(far.(*net.TCPConn), netip.MustParseAddr("127.0.0.1"))
+		if f != nil {
+			t.Fatal(f)
+		}
+		go c.serve()
+		return newPeer(t, near)
+	}
+	one, two := enter(), enter()
+	for _, request := range []string{"GET http://name.test/ HTTP/1.1\r\nHost: a\r\n\r\n", "CONNECT name.test:443 HTTP/1.1\r\nHost: a\r\n\r\n"} {
+		c := enter()
+		c.send("%s", request)
+		if resp := c.wantsRefusal("GET", 500, tokenInternal); !resp.Close {
+			t.Error("no Connection: close")
+		}
+		c.wantsEnd()
+	}
+	if n := s.panics.Load(); n != 2 {
+		t.Errorf("%d panics", n)
+	}
+	if resp, _ := one.ask("GET", "http://"+origin+"/"); resp.StatusCode != 200 {
+		t.Errorf("another connection: %s", resp.Status)
+	}
+	s.names = names
+	one.Close()
+	two.Close()
+	s.serving.Wait()
+}
+
+// When descriptors run out, those who come wait or are told so; admin answers, the log says it once, nothing spins, and all of it ends.
+func TestDescriptorsRunOut(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("descriptors are reserved on Linux")
+	}
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	process := startProcess(t, buildBinary(t), "NOFILE=100", "MAX_CONNS=1000", "LISTENERS=1", "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "LOG_SAMPLE=info=0")
+	p, admin := &testProxy{addr: process.addr}, process.start["admin"].(string)
+	var busy []*peer
+	o := startOrigin(t)
+	for range 40 { // each holds two
+		c := p.dial(t)
+		c.send("CONNECT %s HTTP/1.1\r\nHost: a\r\n\r\n", o.addr)
+		busy = append(busy, c)
+	}
+	cpu := func() int {
+		text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", process.Process.Pid))
+		fields := strings.Fields(string(text))
+		user, _ := strconv.Atoi(fields[13])
+		system, _ := strconv.Atoi(fields[14])
+		return user + system
+	}
+	for range 100 {
+		busy = append(busy, p.dial(t)) // the kernel's queue takes them
+	}
+	before := cpu()
+	for range 10 {
+		if status := adminStatus(admin, "/readyz"); status != 200 {
+			t.Fatalf("/readyz: %d", status)
+		}
+		time.Sleep(50 * time.Millisecond) // what is measured is time
+	}
+	if spent := cpu() - before; spent > 10 {
+		t.Errorf("%d0 ms of CPU time in half a second", spent)
+	}
+	for _, c := range busy {
+		c.Close()
+	}
+	eventually(t, "a connection that is served again", func() bool {
+		c := p.dial(t)
+		defer c.Close()
+		c.send("%s", request("GET", "http://"+origin+"/"))
+		resp, err := http.ReadResponse(c.br, nil)
+		return err == nil && resp.StatusCode == 200
+	})
+	process.Process.Signal(syscall.SIGTERM)
+	rest, _ := io.ReadAll(process.lines)
+	if n := strings.Count(string(rest), "accept failed"); n != 1 {
+		t.Errorf("said %d times: %s", n, rest)
+	}
+}
+
 func TestTunnelLimit(t *testing.T) {
 	origin, closed := startOrigin(t), freeAddr(t)
 	p := startProxy(t, "MAX_TUNNELS=2")
@@ -5553,7 +5751,7 @@ func TestDerivedLimits(t *testing.T) {
 	}
 	was := debug.SetMemoryLimit(-1)
 	defer debug.SetMemoryLimit(was)
-	files := (openFiles() - 64) / 2
+	files := (openFiles() - openFiles()/8 - 64) / 2
 	for memory, want := range map[int64]int{math.MaxInt64: files, 64 << 20: min(files, 1024), 1 << 10: 1} {
 		debug.SetMemoryLimit(memory)
 		if got := connLimit(); got != want {
@@ -5722,6 +5920,35 @@ func TestTimeLimits(t *testing.T) {
 	}
 }
 
+// A body that stalls is given up after its limit, no matter how it is moved: deadlines that fire early are not a new beginning.
+func TestStalledBodies(t *testing.T) {
+	const limit = 400 * time.Millisecond
+	p := startProxy(t, "HEADER_TIMEOUT=10s", "RESPONSE_TIMEOUT="+limit.String(), "BODY_TIMEOUT="+limit.String())
+	var wg sync.WaitGroup
+	for n := range 16 {
+		o, c := startOrigin(t), p.dial(t)
+		size := 1000 << (n % 2 * 8) // through a buffer, or in the kernel
+		if n%4 < 2 {
+			c.send("%s", o.fill(plainRequest))
+			up := o.accept()
+			up.head()
+			up.send("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\nhello", size)
+		} else {
+			c.send("%s", o.fill(fmt.Sprintf("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: %d\r\n\r\nhello", size)))
+			o.accept().head()
+		}
+		wg.Go(func() {
+			begun := time.Now()
+			io.ReadAll(c.br)
+			if took := time.Since(begun); took > limit*3/2 {
+				t.Errorf("size %d, %d: it took %v", size, n, took)
+			}
+		})
+		time.Sleep(3 * time.Millisecond) // each in another phase of its timers
+	}
+	wg.Wait()
+}
+
 // TestDestinations refuses ports, addresses, and what leads back to the proxy, to requests and to CONNECT alike.
 func TestDestinations(t *testing.T) {
 	p := startProxy(t, "ALLOW_CIDRS=", "ALLOW_PORTS=80,1024-65535")
@@ -5860,12 +6087,13 @@ func TestNameFailures(t *testing.T) {
 	}
 }
 
-// TestDraining answers a request that began before the drain and ends after it.
+// TestDraining serves what has begun when the drain's grace is over, and opens no more tunnels then.
 func TestDraining(t *testing.T) {
 	p := startProxy(t, "DRAIN_TIMEOUT=5s")
 	o := startOrigin(t)
-	c := p.dial(t)
+	c, tunnel := p.dial(t), p.dial(t)
 	c.send("%s", o.fill("GET http://{o}/ HTTP/1.1\r\n"))
+	tunnel.send("%s", o.fill("CONNECT {o} HTTP/1.1\r\n"))
 	served := p.dial(t)
 	served.send("%s", o.fill(plainRequest))
 	up := o.accept()
@@ -5879,15 +6107,24 @@ func TestDraining(t *testing.T) {
 		p.stop()
 	}()
 	p.log.await(t, "draining", 1)
-	idle.wantsEnd()
+	idle.wantsEnd() // the grace is over
 	c.send("Host: a\r\n\r\n")
-	c.wantsRefusal("GET", 503, "connection_limit_reached", "drain")
+	late := o.accept()
+	late.head()
+	late.send(plainAnswer)
+	if resp, _ := c.response("GET"); resp.StatusCode != 200 || !resp.Close {
+		t.Errorf("got %s, close: %v", resp.Status, resp.Close)
+	}
 	c.wantsEnd()
+	tunnel.send("Host: a\r\n\r\n")
+	tunnel.wantsRefusal("CONNECT", 503, "connection_limit_reached", "drain")
+	tunnel.wantsEnd()
 	up.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi") // the one that is under way is served
 	if resp, body := served.response("GET"); body != "hi" || !resp.Close {
 		t.Errorf("got %s, %q, close: %v", resp.Status, body, resp.Close)
 	}
 	served.wantsEnd()
+	tunnel.Close()
 	c.Close()
 	<-begun
 }
@@ -6326,6 +6563,105 @@ func TestDrainLetsRequestsFinish(t *testing.T) {
 	}
 }
 
+// At the beginning of the drain requests may be on their way on idle connections: they are served, and the connection ends with them.
+func TestDrainServesLateRequests(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	p := startProxy(t, "DRAIN_TIMEOUT=8s")
+	kept, fresh, tunnelled := p.dial(t), p.dial(t), p.dial(t)
+	kept.ask("GET", "http://"+origin+"/")
+	p.log.await(t, "client connected", 3)
+	took := p.draining(t)
+	for _, c := range []*peer{kept, fresh} {
+		if resp, body := c.ask("GET", "http://"+origin+"/"); resp.StatusCode != 200 || body != origin || !resp.Close {
+			t.Errorf("%s, %q, close %v", resp.Status, body, resp.Close)
+		}
+		c.wantsEnd()
+	}
+	tunnelled.send("%s", request("CONNECT", origin))
+	if head := tunnelled.head(); !strings.HasPrefix(head, "HTTP/1.1 200 ") {
+		t.Errorf("%q", head)
+	}
+	if resp, _ := tunnelled.ask("GET", "http://"+origin+"/"); resp.StatusCode != 200 {
+		t.Errorf("in the tunnel: %s", resp.Status)
+	}
+	tunnelled.Close()
+	if took := <-took; took > time.Second {
+		t.Errorf("with nothing left the drain took %v", took)
+	}
+}
+
+// restarts has a new process take over from the old one, n times, while clients send requests, and tells what failed.
+func restarts(t *testing.T, n int) (requests, failed int64) {
+	binary, origin, addr := buildBinary(t), serveAt(t, "127.0.0.1:0", nil), freeAddr(t)
+	start := func() *process {
+		return startProcess(t, binary, "LISTEN="+addr, "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "LOG_SAMPLE=info=0", "DRAIN_TIMEOUT=2s")
+	}
+	old := start()
+	var sent, lost atomic.Int64
+	var over atomic.Bool
+	var clients sync.WaitGroup
+	for worker := range 12 {
+		clients.Go(func() {
+			get := request("GET", "http://"+origin+"/")
+			var c net.Conn
+			var r *bufio.Reader
+			for !over.Load() {
+				if c == nil {
+					var err error
+					if c, err = net.Dial("tcp", addr); err != nil {
+						t.Log(lost.Add(1), err)
+						continue
+					}
+					c.SetDeadline(time.Now().Add(patience))
+					r = bufio.NewReader(c)
+				}
+				io.WriteString(c, get)
+				resp, err := http.ReadResponse(r, nil)
+				ok := err == nil && resp.StatusCode == 200
+				if ok {
+					_, err = io.Copy(io.Discard, resp.Body)
+				}
+				if sent.Add(1); !ok || err != nil {
+					t.Log(lost.Add(1), err, resp)
+				}
+				if !ok || err != nil || resp.Close || worker%2 == 0 { // half of them come anew each time
+					c.Close()
+					c = nil
+				}
+			}
+			if c != nil {
+				c.Close()
+			}
+		})
+	}
+	for range n {
+		next := start()
+		old.Process.Signal(syscall.SIGTERM)
+		old.wantsExit(t, patience)
+		old = next
+	}
+	over.Store(true)
+	clients.Wait()
+	old.Process.Signal(syscall.SIGTERM)
+	old.wantsExit(t, patience)
+	return sent.Load(), lost.Load()
+}
+
+// Nothing is lost where the kernel hands on what waits at a listener that closes (tcp_migrate_req): twenty times with -long.
+func TestRestartLosesNothing(t *testing.T) {
+	if !inNamespace(t, "--net", "ip link set lo up && echo 1 > /proc/sys/net/ipv4/tcp_migrate_req") {
+		return
+	}
+	n := 2
+	if *long {
+		n = 20
+	}
+	sent, lost := restarts(t, n)
+	if t.Logf("%d restarts, %d requests, %d failed", n, sent, lost); lost > 0 || sent < 100 {
+		t.Error("requests failed, or hardly any were made")
+	}
+}
+
 func TestDrainCutsWhatIsLeft(t *testing.T) {
 	const limit = 700 * time.Millisecond
 	p := startProxy(t, "DRAIN_TIMEOUT="+limit.String())
@@ -6376,7 +6712,7 @@ func TestDrainOfAnIdleProxy(t *testing.T) {
 	exchange1(c, o, nil)
 	begun := time.Now()
 	p.stop()
-	if took := time.Since(begun); took > time.Second {
+	if took := time.Since(begun); took < time.Second || took > 2*time.Second { // the grace, for a request that may be on its way
 		t.Errorf("it took %v", took)
 	}
 	c.wantsEnd()

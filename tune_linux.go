@@ -38,14 +38,20 @@ import (
 // sockets makes connections, sets options on sockets before they listen or connect, and keeps pipes.
 type sockets struct {
 	deadPeer time.Duration // after which a peer that acknowledges nothing is given up
+	reserved int           // descriptors from this number on are for the admin listener, resolvers and files; the lowest free one is given first
+
+	most  int // pipes there may be
+	large int // pipes of pipeSize there may be
 
 	mu    sync.Mutex
 	pipes []*[2]int // empty, for reuse; guarded by mu
 	open  int       // pipes there are, in use too; guarded by mu
+	said  time.Time // when a shortage was last told of; guarded by mu
 }
 
 func (s *server) openListeners(ctx context.Context, addr string) error {
 	const long = 15 * time.Minute
+	s.sockets.size(openFiles(), debug.SetMemoryLimit(-1))
 	s.sockets.deadPeer = max(cmp.Or(s.cfg.TunnelIdleTimeout, long), cmp.Or(s.cfg.BodyTimeout, long), time.Minute)
 	lc := net.ListenConfig{Control: s.sockets.listening, KeepAlive: -1} // accepted sockets inherit what Control sets
 	lc.SetMultipathTCP(false)                                           // splice(2) and the socket options want plain TCP
@@ -54,17 +60,135 @@ func (s *server) openListeners(ctx context.Context, addr string) error {
 		if err != nil {
 			return err
 		}
-		s.listeners = append(s.listeners, l.(*net.TCPListener))
+		file, err := l.(*net.TCPListener).File()
 		addr = l.Addr().String() // port 0 is chosen once
+		l.Close()
+		if err != nil {
+			return err
+		}
+		raw, _ := file.SyscallConn() // fails on nil only
+		s.listeners = append(s.listeners, &listener{file, raw, l.Addr()})
 	}
 	return nil
+}
+
+// listener is a listening socket. Package net's lends its descriptor neither for waiting nor when it is about to close.
+type listener struct {
+	*os.File
+	raw  syscall.RawConn
+	addr net.Addr
+}
+
+func (l *listener) Addr() net.Addr { return l.addr }
+
+func (s *server) accept(ctx context.Context, l *listener) {
+	stop := context.AfterFunc(ctx, func() { l.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	defer l.Close()
+	var pause time.Duration
+	for failed := error(nil); ; failed = nil {
+		begun := time.Now()
+		err := l.raw.Read(func(fd uintptr) (more bool) {
+			more, failed = s.takeIn(int(fd), 128)
+			return more || failed != nil
+		})
+		if err != nil { // the drain: those who wait in the queue would be reset with it
+			control(l.raw, func(fd int) error { s.takeIn(fd, 1<<16); return nil })
+			return
+		} else if failed == nil {
+			continue
+		}
+		s.sayShort("accept failed, retrying", failed)
+		if time.Since(begun) > 2*time.Second {
+			pause = 0
+		}
+		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// takeIn accepts the connections that wait, up to most, and reports whether there may be more. When it comes to the reserve of
+// descriptors it sheds one: the others keep waiting.
+func (s *server) takeIn(fd, most int) (more bool, err error) {
+	for range most {
+		conn, from, err := unix.Accept4(fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		switch err {
+		case nil:
+		case unix.EAGAIN:
+			return false, nil
+		case unix.EINTR, unix.ECONNABORTED:
+			continue
+		default:
+			return false, os.NewSyscallError("accept4", err)
+		}
+		c, f := s.newClient(newSocket(conn), peerOf(from))
+		switch {
+		case conn >= s.sockets.reserved:
+			c.shed(cmp.Or(f, fail(503, tokenLimit, "no descriptor is left for a connection (SLUICE_NOFILE)")), 0)
+			return false, unix.EMFILE
+		case f != nil:
+			c.shed(f, time.Second)
+		default:
+			go c.serve()
+		}
+	}
+	return true, nil
+}
+
+// sayShort warns of a shortage, once a minute at most, and lets idle connections go.
+func (s *server) sayShort(msg string, err error) {
+	k := &s.sockets
+	k.mu.Lock()
+	said := time.Since(k.said) < time.Minute
+	if !said {
+		k.said = time.Now()
+	}
+	k.mu.Unlock()
+	if !said {
+		s.log.process.Warn(msg, logMessage, err.Error())
+	}
+	s.letGo()
+}
+
+// letGo closes idle connections, to clients and to origins.
+func (s *server) letGo() {
+	for c := range s.clients.Range {
+		c.(*client).closeIdle()
+	}
+	s.pool.letGo()
+}
+
+// peerOf is the address in what accept4 tells.
+func peerOf(from unix.Sockaddr) netip.Addr {
+	switch a := from.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrFrom4(a.Addr)
+	case *unix.SockaddrInet6:
+		addr := netip.AddrFrom16(a.Addr).Unmap()
+		if link, err := net.InterfaceByIndex(int(a.ZoneId)); err == nil && a.ZoneId != 0 {
+			return addr.WithZone(link.Name)
+		}
+		return addr
+	}
+	return netip.Addr{}
+}
+
+// size shares descriptors and memory out: pipes get an eighth of both, and connections leave some descriptors. What pipes hold counts as
+// memory of the container (cgroups(7)), and one whose reader is slow is full.
+func (s *sockets) size(files int, memory int64) {
+	s.reserved = files - min(reservedFiles, files/4)
+	s.most = int(min(int64(files/16), memory/8/(64<<10)))
+	s.large = int(min(largePipes, memory/16/pipeSize))
 }
 
 // listening sets what accepted sockets inherit (tcp(7): the options of a listening socket are copied), so that no system
 // call per connection is spent on it.
 func (s *sockets) listening(network, address string, c syscall.RawConn) error {
 	return control(c, func(fd int) error {
-		return errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1), s.keepAlive(fd))
+		return errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1), unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1), s.keepAlive(fd))
 	})
 }
 
@@ -78,7 +202,7 @@ func (s *sockets) keepAlive(fd int) error {
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(min(s.deadPeer.Milliseconds(), math.MaxInt32))))
 }
 
-// stream is either what accept(2) gave, by package net, or a socket.
+// stream is a socket; tests have others.
 type stream interface {
 	io.ReadWriteCloser
 	syscall.Conn
@@ -89,11 +213,17 @@ type stream interface {
 	SetWriteDeadline(time.Time) error
 }
 
-// socket is a connection that was made here. Package net spends more on one: six system calls that tell nothing new, a goroutine
-// that waits for ctx, and so many frames that the stack has to grow; together 5% of what a tunnel costs.
+// socket is a connection. Package net spends more on one: six system calls that tell nothing new, a goroutine that waits for ctx, and
+// so many frames that the stack has to grow; together 5% of what a tunnel costs.
 type socket struct {
 	*os.File
 	raw syscall.RawConn
+}
+
+func newSocket(fd int) *socket {
+	k := &socket{File: os.NewFile(uintptr(fd), "")}
+	k.raw, _ = k.File.SyscallConn() // fails on nil only
+	return k
 }
 
 // SyscallConn is called once more by wire.attach.
@@ -188,10 +318,11 @@ func (s *sockets) connect(ctx context.Context, to *sockaddr) (*socket, error) {
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
-	k := &socket{File: os.NewFile(uintptr(fd), "")}
-	k.raw, _ = k.File.SyscallConn() // fails on nil only
+	k := newSocket(fd)
 	stop := context.AfterFunc(ctx, func() { k.SetWriteDeadline(time.Unix(1, 0)) })
-	if err = errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1), s.keepAlive(fd)); err == nil {
+	if err = errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1), s.keepAlive(fd)); fd >= s.reserved {
+		err = unix.EMFILE
+	} else if err == nil {
 		err = k.connect(to)
 	}
 	if !stop() && err == nil {
@@ -596,7 +727,7 @@ func (c *client) step() bool {
 		c.finish(x)
 	}
 	c.drop()
-	c.over = c.over || c.srv.draining.Load()
+	c.over = c.over || c.srv.closing.Load()
 	return !c.over
 }
 
@@ -620,7 +751,7 @@ func (c *client) rest() bool {
 	if c.hasLeft() {
 		c.closeIdle()
 	}
-	c.over = c.srv.draining.Load()
+	c.over = c.srv.closing.Load()
 	return c.over
 }
 
@@ -947,10 +1078,25 @@ func (p *pool) expire() {
 // close closes all idle connections; those in use are closed when they come back.
 func (p *pool) close() {
 	p.mu.Lock()
-	p.limit, p.ttl = 0, 1
+	p.limit = 0
 	p.expiry.Stop()
 	p.mu.Unlock()
-	p.expire()
+	p.letGo()
+}
+
+// letGo closes all idle connections.
+func (p *pool) letGo() {
+	var all []*upstream
+	p.mu.Lock()
+	for _, list := range p.hosts {
+		for len(*list) > 0 {
+			all = append(all, p.removeLocked(list, len(*list)-1))
+		}
+	}
+	p.mu.Unlock()
+	for _, up := range all {
+		up.close()
+	}
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1208,7 +1354,7 @@ func (m *move) run() (int64, error) {
 	in, out := s.in, s.out // stored: a method value would be allocated at each wait
 	s.push = s.pushNow
 	var err error
-	for s.total < m.limit && err == nil {
+	for again := false; s.total < m.limit && err == nil; {
 		reading := false
 		switch {
 		case m.src.buffered() > 0:
@@ -1221,7 +1367,7 @@ func (m *move) run() (int64, error) {
 		default:
 			reading = true
 			m.src.drop()
-			if m.beforeRead != nil { // each time: a deadline may pass while there is always something to read, but dst is slow
+			if m.beforeRead != nil && !again { // each time: a deadline may pass while there is always something to read, but dst is slow
 				m.beforeRead()
 			}
 			err = m.src.raw.Read(in)
@@ -1229,8 +1375,9 @@ func (m *move) run() (int64, error) {
 		if err == nil {
 			err, s.err = s.err, nil
 		}
+		again = false
 		if m.readFailed = reading && err != nil; m.readFailed && m.mayRetry(err) {
-			err = nil
+			err, again = nil, true
 		}
 	}
 	if m.src.buffered() == 0 {
@@ -1342,10 +1489,14 @@ func (s *splicer) takePipe() bool {
 		return true
 	}
 	p := new([2]int)
-	if unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
+	if k.open >= k.most || unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
+		return false
+	} else if max(p[0], p[1]) >= k.reserved {
+		unix.Close(p[0])
+		unix.Close(p[1])
 		return false
 	}
-	if k.open++; k.open <= largePipes {
+	if k.open++; k.open <= k.large {
 		unix.FcntlInt(uintptr(p[1]), unix.F_SETPIPE_SZ, pipeSize) // may be refused, which does no harm
 	}
 	s.pipe = p
@@ -1389,6 +1540,9 @@ func (s *sockets) close() {
 // follows.
 const maxFiles = 1 << 20
 
+// reservedFiles is how many descriptors connections leave for the admin listener, resolvers and files, at most.
+const reservedFiles = 32
+
 // sysctl is a setting that is checked: its file below /proc/sys, and whether its value will do.
 type sysctl struct {
 	name, wanted, why string
@@ -1412,6 +1566,7 @@ func sysctls() []sysctl {
 			n, _ := fmt.Sscan(value, &low, &high)
 			return n == 2 && high-low >= 28000
 		}},
+		{"net.ipv4.tcp_migrate_req", "1", "with it connections that wait for a process that ends go to the one that takes over", atLeast(1)},
 	}
 }
 
@@ -1513,9 +1668,10 @@ func cgroupMemory() (least int64) {
 // and the garbage that goes with them.
 const connMemory = 64 << 10
 
-// connLimit leaves some descriptors for listeners, epoll, the admin listener, resolvers and files, and takes two for each client.
+// connLimit leaves an eighth of the descriptors for pipes and some for listeners, epoll, the admin listener, resolvers and files, and
+// takes two for each client.
 func connLimit() int {
-	n := max(1, (openFiles()-64)/2)
+	n := max(1, (openFiles()-openFiles()/8-64)/2)
 	if memory := debug.SetMemoryLimit(-1); memory < math.MaxInt64 {
 		n = min(n, max(1, int(memory/connMemory)))
 	}

@@ -30,6 +30,32 @@ func (s *server) openListeners(ctx context.Context, addr string) error {
 	return err
 }
 
+type listener = net.TCPListener
+
+func (s *server) accept(ctx context.Context, l *listener) {
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	for pause := time.Duration(0); ctx.Err() == nil; {
+		conn, err := l.AcceptTCP()
+		if err == nil {
+			pause = 0
+			if c, f := s.newClient(conn, addrPort(conn.RemoteAddr()).Addr()); f != nil {
+				c.shed(f, time.Second)
+			} else {
+				go c.serve()
+			}
+			continue
+		} else if pause == 0 && ctx.Err() == nil {
+			s.log.process.Warn("accept failed, retrying", logMessage, err.Error())
+		}
+		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
+}
+
 type stream = *net.TCPConn
 
 func (s *server) dial(ctx context.Context, addrs []netip.AddrPort) (up *upstream, err error) {
@@ -117,7 +143,7 @@ func (c *client) await() (more, parked bool) {
 	c.drop()
 	c.readWithin(time.Now(), c.srv.cfg.IdleTimeout)
 	c.idle.Store(true)
-	if c.srv.draining.Load() || c.fill() != nil {
+	if c.srv.closing.Load() || c.fill() != nil {
 		return false, false
 	}
 	c.idle.Store(false)
