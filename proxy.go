@@ -567,9 +567,8 @@ type server struct {
 func newServer(cfg *config, log *logger) (s *server, err error) {
 	s = &server{cfg: cfg, log: log, reached: contacts{keys: map[string]bool{}}, doubtful: contacts{keys: map[string]bool{}, all: true},
 		pool: newPool(cfg), gate: newGatekeeper(cfg.Users), hop: []byte(cfg.Name + "\r\n")}
-	s.names = &resolver{cfg: cfg}
+	s.names, s.admin = &resolver{cfg: cfg}, newAdmin(s)
 	s.names.answers, _ = lru.New[string, dnsAnswer](4096) // fails on sizes below 1 only
-	s.admin = newAdmin(s)
 	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
 	s.limits.tunnels.most, s.limits.hosts.most = cfg.MaxTunnels, cfg.MaxConnsPerHost
 	s.limits.rates = rates{limit: rate.Limit(cfg.Rate), burst: cmp.Or(cfg.RateBurst, 2*cfg.Rate)}
@@ -606,6 +605,7 @@ func (s *server) listen(ctx context.Context) error {
 		})
 	}
 	s.behind.Go(s.watcher.run)
+	s.behind.Go(func() { s.watchMemory(ctx) })
 	for _, l := range s.listeners {
 		s.accepting.Go(func() { s.accept(ctx, l) })
 	}
@@ -892,6 +892,7 @@ type limits struct {
 	hosts    quota[string] // connections to origins by upstream.key
 	rates    rates
 	shedding atomic.Int64
+	full     atomic.Bool // there is no memory for more
 }
 
 // rates is how many requests client addresses may still make.
@@ -912,9 +913,7 @@ func (r *rates) take(site netip.Addr, now time.Time) (wait time.Duration) {
 			r.buckets.RemoveOldest() // it is as good as new
 		}
 		b = rate.NewLimiter(r.limit, r.burst)
-		if other, came, _ := r.buckets.PeekOrAdd(site, b); came {
-			b = other
-		}
+		r.buckets.Add(site, b) // two first requests at one time may have one each, once
 	}
 	token := b.ReserveN(now, 1)
 	if wait = token.DelayFrom(now); wait > 0 {
@@ -932,6 +931,8 @@ func (c *client) enter() *failure {
 	}
 	if c.srv.cfg.AllowClients.find(c.addr) == "" {
 		return fail(403, tokenDenied, "client address %s is not allowed (SLUICE_ALLOW_CLIENTS)", c.addr)
+	} else if l.full.Load() {
+		return fail(503, tokenLimit, "there is no memory for another connection (SLUICE_MEMORY_LIMIT)")
 	} else if !l.conns.add(struct{}{}, 1) {
 		return fail(503, tokenLimit, "%d client connections are open, as many as there may be (SLUICE_MAX_CONNS)", l.conns.most)
 	} else if !l.clients.add(c.site, 1) {
@@ -1029,7 +1030,9 @@ func (w *wire) readHead(limit int, within time.Duration) ([]byte, error) {
 			w.readBy(within)
 			within = -1
 		}
-		if err := w.fill(); err != nil {
+		if w.buffered() == bufferSize && w.srv.limits.full.Load() {
+			return nil, faultNoMemory
+		} else if err := w.fill(); err != nil {
 			return nil, err
 		}
 	}
@@ -1140,6 +1143,7 @@ const (
 	faultManyFields   = fault("the head has more than 256 fields")
 	faultBodyTooLarge = fault("the body is too large")
 	faultChunk        = fault("malformed chunk")
+	faultNoMemory     = fault("there is no memory for a large head (SLUICE_MEMORY_LIMIT)")
 )
 
 // fieldKind is what becomes of a field.
@@ -1610,13 +1614,12 @@ func parseHost(b []byte) (ip netip.Addr, ok bool) {
 // admit decides what can be decided before a name is resolved.
 func (x *exchange) admit() *failure {
 	limit := int64(x.srv.cfg.MaxRequestBody)
-	if x.failure != nil {
-		return x.failure
-	}
 	switch wait := x.srv.limits.rates.take(x.c.site, x.start); {
+	case x.failure != nil:
+		return x.failure
 	case wait > 0:
 		f := fail(429, tokenDenied, "more than %d requests a second come from %s (SLUICE_RATE, SLUICE_RATE_BURST)", x.srv.cfg.Rate, x.c.site)
-		f.retry = int(math.Ceil(wait.Seconds()))
+		f.fields = fmt.Sprintf("Retry-After: %.0f\r\n", math.Ceil(wait.Seconds()))
 		return f
 	case x.srv.closing.Load() && (x.connect || x.upgrades()):
 		return fail(503, tokenLimit, "this proxy is draining: it opens no more tunnels")
@@ -1915,8 +1918,6 @@ func (d *destination) refuse(token string, a netip.Addr, what string) *failure {
 // ---------------------------------------------------------------------------------------------------------------------
 // Names and dialling
 
-const maxAddresses = 16 // of one name, so that a hostile answer does not start a thousand connections
-
 // resolver looks names up and remembers the answers for a while.
 type resolver struct {
 	cfg     *config
@@ -1990,7 +1991,7 @@ func (r *resolver) refresh(host string) ([]netip.Addr, error) {
 	a, known := r.answers.Peek(host)
 	now := time.Now()
 	if err == nil {
-		a.addrs, a.learned = addrs[:min(len(addrs), maxAddresses)], now
+		a.addrs, a.learned = addrs[:min(len(addrs), 16)], now // so that a hostile answer does not start a thousand connections
 	} else if !known || gone || now.Sub(a.learned) >= r.cfg.DNSStale {
 		r.answers.Remove(host)
 		return nil, err
@@ -2363,7 +2364,7 @@ func (x *exchange) clientFailure(err error, part string, limit time.Duration, va
 	switch {
 	case errors.Is(err, faultLineTooLong):
 		return fail(414, tokenRequest, "the request-target is longer than %d bytes (SLUICE_MAX_HEADER)", x.srv.cfg.MaxHeader)
-	case errors.Is(err, faultManyFields):
+	case errors.Is(err, faultManyFields), errors.Is(err, faultNoMemory):
 		return fail(431, tokenRequest, "%v", err)
 	case errors.Is(err, faultHeadTooLarge):
 		return fail(431, tokenRequest, "the head is larger than %d bytes (SLUICE_MAX_HEADER)", x.srv.cfg.MaxHeader)
@@ -2386,7 +2387,7 @@ func (x *exchange) upstreamFailure(err error) *failure {
 	switch {
 	case failed != nil:
 		return failed
-	case errors.Is(err, faultLineTooLong), errors.Is(err, faultHeadTooLarge), errors.Is(err, faultManyFields):
+	case errors.Is(err, faultLineTooLong), errors.Is(err, faultHeadTooLarge), errors.Is(err, faultManyFields), errors.Is(err, faultNoMemory):
 		return fail(502, tokenHeadSize, "response of %s: %v", x.dst.key, err)
 	case errors.Is(err, faultBodyTooLarge):
 		return fail(502, tokenBodySize, "response of %s: %v (SLUICE_MAX_RESPONSE_BODY)", x.dst.key, err)
@@ -2681,7 +2682,7 @@ type failure struct {
 	text   string // one line for the client
 	cause  error  // for the log alone; may be nil
 	stale  bool   // the upstream connection ended before a byte of response
-	retry  int    // seconds after which it may be tried again; 0 = not known
+	fields string // lines that its answer has besides
 }
 
 func fail(status int, token, format string, args ...any) *failure {
@@ -2700,12 +2701,9 @@ func (x *exchange) answer(f *failure) {
 		name = strconv.Quote(name) // a token begins with a letter; both texts are printable ASCII (RFC 8941, 3.3)
 	}
 	ascii := strings.ReplaceAll(f.text, "µ", "u") // of a duration
-	why := fmt.Sprintf("Proxy-Status: %s; error=%s; details=%q\r\n", name, f.token, ascii)
+	why := fmt.Sprintf("Proxy-Status: %s; error=%s; details=%q\r\n%s", name, f.token, ascii, f.fields)
 	if f.status == 407 {
 		why += fmt.Sprintf("Proxy-Authenticate: Basic realm=%q, charset=\"UTF-8\"\r\n", x.srv.cfg.Name) // RFC 7617, 2
-	}
-	if f.retry > 0 {
-		why += fmt.Sprintf("Retry-After: %d\r\n", f.retry)
 	}
 	x.keep = x.reply(f.status, "text/plain", why, "sluice: "+f.text+"\n") == nil && x.keep
 }
@@ -2972,13 +2970,13 @@ func askHealth(environ []string) error {
 // tune_linux.go and tune_other.go each define:
 //
 //	(*server).openListeners      appends to server.listeners one listener for an address, or where they can share it, one per CPU
-//	(*server).accept(ctx, l)     has connections served until ctx ends, and those that wait then, and closes l. An error, such as a lack of
-//	                             descriptors, is said once and waited out
+//	(*server).accept(ctx, l)     has connections served until ctx ends, and those that wait then. Errors are said once and waited out
 //	sockets                      what they need; close frees what is kept
 //	stream                       a connection: the methods of *net.TCPConn that are used
 //	(*server).dial(ctx, addrs)   connects to the first address that answers, until ctx ends; an error is a *net.OpError, with that of ctx
 //	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, sets the heap's limit, checks (TUNE=apply: writes) sysctls, and warns of what falls short
 //	openFiles() int              the descriptor limit in force, 0 where there is none
+//	(*server).watchMemory(ctx)   lets idle connections go and sets limits.full while memory is short, until ctx ends; elsewhere not
 //	connLimit() int              how many client connections descriptors and memory are enough for, 0 where that is not known
 //	watcher, watched             after add(&watched, raw, owner) of a client or upstream, run calls owner.hungUp when its peer has
 //	                             hung up, perhaps more than once, until remove; elsewhere never

@@ -5743,6 +5743,122 @@ func TestTunnelLimit(t *testing.T) {
 	socketUp.Close()
 }
 
+// smallContainer is a program that runs binary in a cgroup of 64 MiB; the test is skipped where none can be made.
+func smallContainer(t *testing.T, binary string) string {
+	t.Helper()
+	dir, file := "/sys/fs/cgroup/memory/sluice-test", "memory.limit_in_bytes" // version 1
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		if dir, file = "/sys/fs/cgroup/sluice-test", "memory.max"; os.Mkdir(dir, 0o755) != nil {
+			t.Skip("no cgroup can be made here:", err)
+		}
+	}
+	t.Cleanup(func() { eventually(t, "the cgroup to be empty", func() bool { return os.Remove(dir) == nil }) })
+	if err := os.WriteFile(filepath.Join(dir, file), []byte("67108864"), 0o644); err != nil {
+		t.Skip("no memory limit can be set here:", err)
+	}
+	script := filepath.Join(t.TempDir(), "start")
+	os.WriteFile(script, []byte("#!/bin/sh\necho $$ > "+dir+"/cgroup.procs\nexec "+binary+"\n"), 0o755)
+	return script
+}
+
+// A container of 64 MiB survives floods: the kernel would kill what takes more.
+func TestFloodsInASmallContainer(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("Linux only")
+	}
+	big := bytes.Repeat([]byte{'x'}, 8<<20)
+	origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
+		if io.Copy(io.Discard, r.Body); r.URL.Path == "/big" {
+			w.Write(big)
+		}
+	})
+	p := startProcess(t, smallContainer(t, buildBinary(t)), "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "LOG_SAMPLE=info=0,warn=0", "LISTENERS=1")
+	t.Cleanup(func() { p.Process.Kill(); <-p.ended })
+	chunked := "POST http://" + origin + "/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+	for _, flood := range []struct {
+		name  string
+		conns int
+		send  string
+	}{
+		{"connections", 2000, "G"},
+		{"requests", 2000, request("GET", "http://"+origin+"/")},
+		{"large heads", 900, "GET http://" + origin + "/ HTTP/1.1\r\nHost: a\r\nA: " + strings.Repeat("a", 60<<10)},
+		{"large whole heads", 900, "GET http://" + origin + "/ HTTP/1.1\r\nHost: a\r\nA: " + strings.Repeat("a", 60<<10) + "\r\n\r\n"},
+		{"chunks of one byte", 900, chunked + strings.Repeat("1\r\nx\r\n", 5000)},
+		{"slow readers", 900, request("GET", "http://"+origin+"/big")},
+	} {
+		conns := make([]net.Conn, flood.conns)
+		var senders sync.WaitGroup
+		for i := range conns {
+			c, err := net.Dial("tcp", p.addr)
+			if err != nil {
+				t.Fatal(flood.name, err)
+			}
+			c.SetDeadline(time.Now().Add(patience))
+			conns[i] = c
+			senders.Go(func() { io.WriteString(c, flood.send) })
+		}
+		senders.Wait()
+		used, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+		_, rss, _ := strings.Cut(string(used), "VmRSS:")
+		rss, _, _ = strings.Cut(rss, "\n")
+		t.Log(flood.name, strings.TrimSpace(rss))
+		for _, c := range conns {
+			c.Close()
+		}
+		eventually(t, "an answer after the flood of "+flood.name, func() bool {
+			select {
+			case err := <-p.ended:
+				t.Fatalf("the flood of %s ended the process: %v", flood.name, err)
+			default:
+			}
+			c, err := net.Dial("tcp", p.addr)
+			if err != nil {
+				return false
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(time.Second))
+			io.WriteString(c, request("GET", "http://"+origin+"/"))
+			resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+			return err == nil && resp.StatusCode == 200
+		})
+	}
+}
+
+// When memory runs short, idle connections go, new ones are refused, and it is said once.
+func TestMemoryRunsShort(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("Linux only")
+	}
+	process := startProcess(t, buildBinary(t), "MEMORY_LIMIT=1MiB", "NAME=sluice-test") // less than it ever takes
+	p := &testProxy{addr: process.addr}
+	eventually(t, "a refusal", func() bool {
+		c := p.dial(t)
+		c.send("%s", request("GET", "http://192.0.2.1/"))
+		resp, body := c.response("GET")
+		return resp.StatusCode == 503 && strings.Contains(body, "SLUICE_MEMORY_LIMIT")
+	})
+	if status := adminStatus(process.start["admin"].(string), "/readyz"); status != 200 {
+		t.Errorf("/readyz: %d", status)
+	}
+	time.Sleep(300 * time.Millisecond) // in which it is not said again
+	process.Process.Signal(syscall.SIGTERM)
+	rest, _ := io.ReadAll(process.lines)
+	if n := strings.Count(string(rest), "memory runs short"); n != 1 {
+		t.Errorf("said %d times: %s", n, rest)
+	}
+	s := testServer(t)
+	if s.openListeners(context.Background(), "127.0.0.1:0"); len(s.listeners) == 0 {
+		t.Fatal("no listener")
+	}
+	idle := dialTCP(t, serveAt(t, "127.0.0.1:0", nil))
+	c, _ := s.newClient(idle, netip.MustParseAddr("127.0.0.1"))
+	go c.serve()
+	eventually(t, "the client to be idle", c.idle.Load)
+	s.letGo()
+	s.serving.Wait()
+}
+
 // MAX_CONNS comes from descriptors and memory, MEMORY_LIMIT from the cgroup.
 func TestDerivedLimits(t *testing.T) {
 	if runtime.GOOS != "linux" {
@@ -5763,19 +5879,7 @@ func TestDerivedLimits(t *testing.T) {
 	if r := p.start; r["memory_limit"] != float64(64<<20) || r["max_conns"] != float64(min(files, 1024)) {
 		t.Errorf("with MEMORY_LIMIT=64MiB: %v", r)
 	}
-	dir, file := "/sys/fs/cgroup/memory/sluice-test", "memory.limit_in_bytes" // version 1
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		if dir, file = "/sys/fs/cgroup/sluice-test", "memory.max"; os.Mkdir(dir, 0o755) != nil {
-			t.Skip("no cgroup can be made here:", err)
-		}
-	}
-	t.Cleanup(func() { eventually(t, "the cgroup to be empty", func() bool { return os.Remove(dir) == nil }) })
-	if err := os.WriteFile(filepath.Join(dir, file), []byte("67108864"), 0o644); err != nil {
-		t.Skip("no memory limit can be set here:", err)
-	}
-	script := filepath.Join(t.TempDir(), "start")
-	os.WriteFile(script, []byte("#!/bin/sh\necho $$ > "+dir+"/cgroup.procs\nexec "+binary+"\n"), 0o755)
-	p = startProcess(t, script)
+	p = startProcess(t, smallContainer(t, binary))
 	if r := p.start; r["memory_limit"] != float64(67108864/10*9) {
 		t.Errorf("in a cgroup of 64 MiB: %v", r)
 	}

@@ -1664,6 +1664,37 @@ func cgroupMemory() (least int64) {
 	return least
 }
 
+// watchMemory looks ten times a second what is in use of the memory limit, until ctx ends. From three quarters on idle connections are let
+// go, from nine tenths on new ones, and heads that need more than a pooled buffer, are refused.
+func (s *server) watchMemory(ctx context.Context) {
+	limit := uint64(debug.SetMemoryLimit(-1))
+	if limit == math.MaxInt64 {
+		return
+	}
+	for tick := time.Tick(100 * time.Millisecond); ctx.Err() == nil; {
+		used := memoryInUse()
+		if s.limits.full.Store(used > limit/10*9); used > limit/4*3 {
+			s.sayShort("memory runs short, idle connections are closed", fmt.Errorf("%d of %d bytes are in use (SLUICE_MEMORY_LIMIT)", used, limit))
+		}
+		select {
+		case <-tick:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// memoryInUse is what of the runtime's memory would be left after a garbage collection, as far as the last one can tell.
+func memoryInUse() uint64 {
+	m := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}, {Name: "/memory/classes/heap/free:bytes"},
+		{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/gc/heap/live:bytes"}}
+	metrics.Read(m)
+	total, spare := m[0].Value.Uint64(), m[1].Value.Uint64()+m[2].Value.Uint64()
+	if objects, live := m[3].Value.Uint64(), m[4].Value.Uint64(); objects > live {
+		spare += objects - live
+	}
+	return total - min(total, spare)
+}
+
 // connMemory is what a busy connection may take: a buffer of 16 kB on either side, twice that while a large head is read, stacks,
 // and the garbage that goes with them.
 const connMemory = 64 << 10

@@ -80,6 +80,8 @@ func tuneKernel(cfg *config, _ *slog.Logger) {
 	}
 }
 
+func (s *server) watchMemory(context.Context) {}
+
 func openFiles() int { return 0 }
 func connLimit() int { return 0 }
 
