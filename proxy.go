@@ -571,6 +571,7 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	s.names.answers, _ = lru.New[string, dnsAnswer](4096) // fails on sizes below 1 only
 	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
 	s.limits.tunnels.most, s.limits.hosts.most = cfg.MaxTunnels, cfg.MaxConnsPerHost
+	s.limits.mostLarge = debug.SetMemoryLimit(-1) / 4 / int64(cfg.MaxHeader)
 	s.limits.rates = rates{limit: rate.Limit(cfg.Rate), burst: cmp.Or(cfg.RateBurst, 2*cfg.Rate)}
 	s.limits.rates.buckets, _ = lru.New[netip.Addr, *rate.Limiter](1 << 14) // of 200 bytes each
 	s.buffers.New = func() any { return new([bufferSize]byte) }
@@ -668,8 +669,7 @@ func (s *server) isOwn(ap netip.AddrPort) bool {
 }
 
 func addrPort(a net.Addr) netip.AddrPort {
-	ap := a.(*net.TCPAddr).AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+	return netip.AddrPortFrom(a.(*net.TCPAddr).AddrPort().Addr().Unmap(), a.(*net.TCPAddr).AddrPort().Port())
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -886,13 +886,14 @@ func (q *quota[K]) add(key K, n int) bool {
 
 // limits are how many there may be of what clients make.
 type limits struct {
-	conns    quota[struct{}]
-	clients  quota[netip.Addr] // connections by client.site
-	tunnels  quota[struct{}]
-	hosts    quota[string] // connections to origins by upstream.key
-	rates    rates
-	shedding atomic.Int64
-	full     atomic.Bool // there is no memory for more
+	conns           quota[struct{}]
+	clients         quota[netip.Addr] // connections by client.site
+	tunnels         quota[struct{}]
+	hosts           quota[string] // connections to origins by upstream.key
+	rates           rates
+	shedding, large atomic.Int64 // connections that are being shed; buffers that are larger than pooled ones
+	full            atomic.Bool  // there is no memory for more
+	mostLarge       int64        // of them, so that heads take a quarter of the memory limit
 }
 
 // rates is how many requests client addresses may still make.
@@ -986,6 +987,7 @@ func (w *wire) makeRoom() {
 	case w.r > 0:
 		w.r, w.w = 0, copy(w.buf, w.unused())
 	case w.w == len(w.buf):
+		w.srv.limits.large.Add(1)
 		b := make([]byte, 2*len(w.buf))
 		n := copy(b, w.buf)
 		w.drop()
@@ -997,6 +999,8 @@ func (w *wire) makeRoom() {
 func (w *wire) drop() {
 	if len(w.buf) == bufferSize {
 		w.srv.buffers.Put((*[bufferSize]byte)(w.buf))
+	} else if w.buf != nil {
+		w.srv.limits.large.Add(-1)
 	}
 	w.buf, w.r, w.w = nil, 0, 0
 }
@@ -1030,7 +1034,7 @@ func (w *wire) readHead(limit int, within time.Duration) ([]byte, error) {
 			w.readBy(within)
 			within = -1
 		}
-		if w.buffered() == bufferSize && w.srv.limits.full.Load() {
+		if l := &w.srv.limits; w.buffered() == bufferSize && (l.full.Load() || l.large.Load() >= l.mostLarge) {
 			return nil, faultNoMemory
 		} else if err := w.fill(); err != nil {
 			return nil, err
@@ -1675,8 +1679,7 @@ type contacts struct {
 func (c *contacts) first(d *destination) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	const most = 1000 // hostile clients may choose them, 260 bytes each
-	known, full := c.keys[string(d.key)], len(c.keys) == most
+	known, full := c.keys[string(d.key)], len(c.keys) == 1000 // hostile clients may choose them, 260 bytes each
 	if !known && full {
 		c.more++
 	} else if !known {
@@ -1705,8 +1708,7 @@ func (x *exchange) authenticate() (f *failure) {
 	if len(x.srv.cfg.Users) == 0 {
 		return nil
 	}
-	g, token := x.srv.gate, x.req.credentials
-	digest := g.digest(token)
+	g, token, digest := x.srv.gate, x.req.credentials, x.srv.gate.digest(x.req.credentials)
 	if x.user = g.recall(digest, x.start); x.user == "" && g.decoy != "" {
 		ctx, cancel := context.WithCancel(context.Background())
 		x.c.track(nil, cancel, nil) // the client may leave, or the drain cut it, while others are checked

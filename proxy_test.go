@@ -59,12 +59,21 @@ const patience = 5 * time.Second
 // ---------------------------------------------------------------------------------------------------------------------
 // Helpers
 
+// What buildBinary has built once, and where.
+var (
+	build    sync.Once
+	binaries string
+)
+
 // TestMain has the runtime open its poller's descriptors before they are counted.
 func TestMain(m *testing.M) {
 	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		l.Close()
 	}
-	os.Exit(m.Run())
+	binaries, _ = os.MkdirTemp("", "sluice-test")
+	status := m.Run()
+	os.RemoveAll(binaries)
+	os.Exit(status)
 }
 
 // logSink collects what the proxy writes to stdout.
@@ -2144,6 +2153,7 @@ func inNamespace(t *testing.T, kind, script string, args ...string) bool {
 	if os.Getenv("TEST_IN_NAMESPACE") == t.Name() {
 		return true
 	}
+	t.Parallel() // it only waits
 	shell := script + ` && echo ready && exec "$0" -test.run "^$TEST_IN_NAMESPACE\$" -test.v`
 	cmd := exec.Command("unshare", append([]string{"--user", "--map-root-user", kind, "sh", "-c", shell, os.Args[0]}, args...)...)
 	cmd.Env = append(os.Environ(), "TEST_IN_NAMESPACE="+t.Name())
@@ -5654,6 +5664,7 @@ func TestDescriptorsRunOut(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("descriptors are reserved on Linux")
 	}
+	t.Parallel() // what is tested is a process of its own
 	origin := serveAt(t, "127.0.0.1:0", nil)
 	process := startProcess(t, buildBinary(t), "NOFILE=100", "MAX_CONNS=1000", "LISTENERS=1", "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "LOG_SAMPLE=info=0")
 	p, admin := &testProxy{addr: process.addr}, process.start["admin"].(string)
@@ -5766,6 +5777,7 @@ func TestFloodsInASmallContainer(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("Linux only")
 	}
+	t.Parallel() // what is tested is a process of its own
 	big := bytes.Repeat([]byte{'x'}, 8<<20)
 	origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
 		if io.Copy(io.Discard, r.Body); r.URL.Path == "/big" {
@@ -5830,6 +5842,7 @@ func TestMemoryRunsShort(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("Linux only")
 	}
+	t.Parallel()                                                                        // what is tested is a process of its own
 	process := startProcess(t, buildBinary(t), "MEMORY_LIMIT=1MiB", "NAME=sluice-test") // less than it ever takes
 	p := &testProxy{addr: process.addr}
 	eventually(t, "a refusal", func() bool {
@@ -5844,8 +5857,8 @@ func TestMemoryRunsShort(t *testing.T) {
 	time.Sleep(300 * time.Millisecond) // in which it is not said again
 	process.Process.Signal(syscall.SIGTERM)
 	rest, _ := io.ReadAll(process.lines)
-	if n := strings.Count(string(rest), "memory runs short"); n != 1 {
-		t.Errorf("said %d times: %s", n, rest)
+	if n := strings.Count(process.early+string(rest), "memory runs short"); n != 1 {
+		t.Errorf("said %d times: %s%s", n, process.early, rest)
 	}
 	s := testServer(t)
 	if s.openListeners(context.Background(), "127.0.0.1:0"); len(s.listeners) == 0 {
@@ -5855,7 +5868,7 @@ func TestMemoryRunsShort(t *testing.T) {
 	c, _ := s.newClient(idle, netip.MustParseAddr("127.0.0.1"))
 	go c.serve()
 	eventually(t, "the client to be idle", c.idle.Load)
-	s.letGo()
+	any(s).(interface{ letGo() }).letGo() // which only Linux has
 	s.serving.Wait()
 }
 
@@ -6050,6 +6063,44 @@ func TestStalledBodies(t *testing.T) {
 		time.Sleep(3 * time.Millisecond) // each in another phase of its timers
 	}
 	wg.Wait()
+}
+
+// A link that goes away says nothing to either side: each wait ends by its limit, and is freed.
+func TestLinkLoss(t *testing.T) {
+	if !inNamespace(t, "--net", "ip link set lo up") {
+		return
+	}
+	link := func(state string) {
+		if out, err := exec.Command("ip", "link", "set", "lo", state).CombinedOutput(); err != nil {
+			t.Fatalf("%v, %s", err, out)
+		}
+	}
+	p := startProxy(t, "RESPONSE_TIMEOUT=300ms", "BODY_TIMEOUT=300ms", "TUNNEL_IDLE_TIMEOUT=300ms", "ADMIN=off")
+	waiting, answering, taking, far := startOrigin(t), startOrigin(t), startOrigin(t), startOrigin(t)
+	p.dial(t).send("%s", waiting.fill(plainRequest))
+	waiting.accept().head()
+	reader := p.dial(t)
+	reader.send("%s", answering.fill(plainRequest))
+	up := answering.accept()
+	up.head()
+	up.send("HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\nhello")
+	reader.head()
+	p.dial(t).send("%s", taking.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: 1000000\r\n\r\nhello"))
+	taking.accept().head()
+	p.openTunnel(t, far)
+	link("down")
+	begun := time.Now()
+	wantsLogged(t, p.recordFor(t, "request", waiting.addr), 504, "http_response_timeout")
+	wantsLogged(t, p.recordFor(t, "request", answering.addr), 200, "http_response_timeout")
+	wantsLogged(t, p.recordFor(t, "request", taking.addr), 408, "http_request_error")
+	wantsFields(t, p.recordFor(t, "tunnel", far.addr), map[string]any{"close_reason": "idle_timeout"})
+	if took := time.Since(begun); took > 2*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	link("up")
+	if resp, _ := p.dial(t).ask("GET", "http://"+serveAt(t, "127.0.0.1:0", nil)+"/"); resp.StatusCode != 200 {
+		t.Errorf("when the link is back: %s", resp.Status)
+	}
 }
 
 // TestDestinations refuses ports, addresses, and what leads back to the proxy, to requests and to CONNECT alike.
@@ -6866,15 +6917,18 @@ type process struct {
 	lines  *bufio.Reader
 	ended  chan error
 	addr   string
+	early  string         // what it logged until it listened
 	start  map[string]any // its record of that it listens
 }
 
 func buildBinary(t *testing.T) string {
 	t.Helper()
-	binary := filepath.Join(t.TempDir(), "sluice")
-	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	binary := filepath.Join(binaries, "sluice")
+	build.Do(func() {
+		if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+			t.Fatalf("go build: %v\n%s", err, out)
+		}
+	})
 	return binary
 }
 
@@ -6898,6 +6952,7 @@ func startProcess(t *testing.T, binary string, vars ...string) *process {
 	var line string
 	for err = nil; err == nil && p.start["msg"] != "listening"; { // a first request may be quicker
 		line, err = p.lines.ReadString('\n')
+		p.early += line
 		p.start = nil
 		json.Unmarshal([]byte(line), &p.start)
 	}
@@ -7165,7 +7220,7 @@ func FuzzRequest(f *testing.F) {
 	} {
 		f.Add([]byte(seed))
 	}
-	s := &server{hop: []byte("fuzz\r\n"), cfg: &config{MaxHeader: 64 << 10, BodyTimeout: patience}}
+	s := &server{hop: []byte("fuzz\r\n"), cfg: &config{MaxHeader: 64 << 10, BodyTimeout: patience}, limits: limits{mostLarge: 1}}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c := &client{wire: memoryWire(s, data)}
 		x := &exchange{summary: summary{srv: s}}
@@ -7222,7 +7277,7 @@ func FuzzResponse(f *testing.F) {
 	} {
 		f.Add([]byte(seed))
 	}
-	s := &server{hop: []byte("fuzz\r\n"), cfg: &config{MaxHeader: 64 << 10, BodyTimeout: patience}}
+	s := &server{hop: []byte("fuzz\r\n"), cfg: &config{MaxHeader: 64 << 10, BodyTimeout: patience}, limits: limits{mostLarge: 1}}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		up := &upstream{wire: memoryWire(s, data)}
 		up.w = len(data)
