@@ -129,6 +129,8 @@ func (s *server) takeIn(fd, most int) (more bool, err error) {
 		case conn >= s.sockets.reserved:
 			c.shed(cmp.Or(f, fail(503, tokenLimit, "no descriptor is left for a connection (SLUICE_NOFILE)")), 0)
 			return false, unix.EMFILE
+		case f != nil && conn >= s.sockets.reserved/16*15: // one that lingers would take a descriptor from those that are served
+			c.shed(f, 0)
 		case f != nil:
 			c.shed(f, time.Second)
 		default:
