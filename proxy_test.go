@@ -44,6 +44,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	chunks "github.com/Shopify/toxiproxy/v2/stream"
+	"github.com/Shopify/toxiproxy/v2/toxics"
 	"golang.org/x/crypto/bcrypt"
 	"golang.org/x/net/dns/dnsmessage"
 )
@@ -7070,6 +7072,367 @@ func TestNoDescriptorForPipes(t *testing.T) {
 	}
 	sameBytes(t, "down", got, big)
 	<-sent
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Bad networks
+
+// badNet stands between two peers: each connection to it becomes one to another address, and both directions pass through a toxic
+// of toxiproxy's. Not through toxiproxy's own links, which leave goroutines behind when a peer is gone: it is asked here whether any are left.
+type badNet struct {
+	addr  string
+	mu    sync.Mutex
+	toxic toxics.Toxic // guarded by mu
+	ways  []*badWay    // guarded by mu
+}
+
+// badWay is one direction of a connection.
+type badWay struct {
+	src, dst *net.TCPConn
+	in, out  chan *chunks.StreamChunk
+	stub     *toxics.ToxicStub
+	ended    atomic.Bool // src has, in good order
+}
+
+func startBadNet(t *testing.T, to string, toxic toxics.Toxic) *badNet {
+	o := startOrigin(t)
+	n := &badNet{addr: o.addr, toxic: toxic}
+	go func() {
+		for c, err := o.Accept(); err == nil; c, err = o.Accept() {
+			if far, err := net.Dial("tcp", to); err != nil {
+				c.Close()
+			} else {
+				n.join(c.(*net.TCPConn), far.(*net.TCPConn))
+			}
+		}
+	}()
+	return n
+}
+
+func (n *badNet) join(a, b *net.TCPConn) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var both sync.WaitGroup
+	for _, w := range []*badWay{{src: a, dst: b}, {src: b, dst: a}} {
+		w.in, w.out = make(chan *chunks.StreamChunk), make(chan *chunks.StreamChunk)
+		w.stub = toxics.NewToxicStub(w.in, w.out)
+		w.suffer(n.toxic)
+		both.Go(w.pass)
+		n.ways = append(n.ways, w)
+	}
+	go func() { both.Wait(); a.Close(); b.Close() }()
+}
+
+// become changes the toxic under the connections that are open.
+func (n *badNet) become(toxic toxics.Toxic) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, w := range n.ways {
+		if w.stub.InterruptToxic() {
+			w.suffer(toxic)
+		}
+	}
+}
+
+func (w *badWay) suffer(toxic toxics.Toxic) {
+	switch toxic := toxic.(type) {
+	case toxics.StatefulToxic:
+		w.stub.State = toxic.NewState()
+	case *toxics.ResetToxic:
+		w.src.SetLinger(0)
+		w.dst.SetLinger(0)
+	}
+	go w.stub.Run(&toxics.ToxicWrapper{Toxic: toxic, Toxicity: 1})
+}
+
+// pass carries bytes until src ends, which is passed on, or the toxic or dst does, which ends the connection.
+func (w *badWay) pass() {
+	go func() {
+		_, err := io.Copy(chunks.NewChanWriter(w.in), w.src)
+		w.ended.Store(err == nil)
+		close(w.in)
+	}()
+	if _, err := io.Copy(w.dst, chunks.NewChanReader(w.out)); err == nil && w.ended.Load() {
+		w.dst.CloseWrite()
+	} else {
+		w.dst.Close()
+		w.src.Close()
+	}
+	go io.Copy(io.Discard, chunks.NewChanReader(w.out)) // so that nobody is left writing
+	if w.stub.InterruptToxic() {
+		w.stub.Close()
+	}
+	io.Copy(io.Discard, chunks.NewChanReader(w.in))
+}
+
+// transfer is bytes on their way through the proxy and a bad net at one leg of it: the body of an answer (GET) or of a request (POST),
+// or what one side of a tunnel sends.
+type transfer struct {
+	what, framing string
+	size          int
+	leg           string // the bad one: that to the client, or that to the origin
+}
+
+func (e transfer) tunnel() bool { return e.framing == "tunnel" }
+
+// under names a subtest.
+func (e transfer) under(toxic string) string {
+	return fmt.Sprintf("%s at the %s/%s, %s of %d", toxic, e.leg, e.what, e.framing, e.size)
+}
+
+// transfers are of lengths that pass through a buffer and that the kernel moves.
+func transfers() (all []transfer) {
+	for _, leg := range []string{"client", "origin"} {
+		all = append(all, []transfer{{"GET", "length", 60_000, leg}, {"GET", "length", 120_000, leg}, {"GET", "chunked", 60_000, leg}, {"GET", "close", 60_000, leg},
+			{"POST", "length", 60_000, leg}, {"POST", "length", 120_000, leg}, {"POST", "chunked", 60_000, leg},
+			{"from client", "tunnel", 120_000, leg}, {"from origin", "tunnel", 120_000, leg}}...)
+	}
+	return all
+}
+
+// sent is what is to be written for data, after the head.
+func (e transfer) sent(data []byte) []byte {
+	if e.framing == "chunked" {
+		return fmt.Appendf(nil, "%x\r\n%s\r\n0\r\n\r\n", len(data), data)
+	}
+	return data
+}
+
+// begun is a transfer whose head has passed.
+type begun struct {
+	net                      *badNet
+	addr, msg                string // of its record: the origin as the proxy knows it, which no other is while whole runs
+	client, origin, from, to *peer
+	body                     io.Reader // as it comes to the receiver
+	data, held, got          []byte
+}
+
+func (e transfer) begin(t, whole *testing.T, p *testProxy, toxic toxics.Toxic) (b begun) {
+	t.Helper()
+	o := originFor(t, whole)
+	if e.leg == "client" {
+		b.net = startBadNet(whole, p.addr, toxic)
+		p = &testProxy{addr: b.net.addr}
+	} else {
+		b.net = startBadNet(whole, o.addr, toxic)
+		o.addr = b.net.addr
+	}
+	b.addr, b.msg = o.addr, "request"
+	fields := map[string]string{"length": fmt.Sprintf("Content-Length: %d\r\n", e.size), "chunked": "Transfer-Encoding: chunked\r\n"}[e.framing]
+	if e.tunnel() {
+		b.msg = "tunnel"
+		b.client, b.origin = p.openTunnel(t, o)
+	} else {
+		b.client = p.dial(t)
+		b.client.send("%s", o.fill(map[string]string{"GET": plainRequest, "POST": "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\n" + fields + "\r\n"}[e.what]))
+		b.origin = o.accept()
+	}
+	if b.from, b.to = b.client, b.origin; e.what == "GET" || e.what == "from origin" {
+		b.from, b.to = b.origin, b.client
+	}
+	b.body = b.to.br
+	switch e.what {
+	case "GET":
+		b.origin.head()
+		b.origin.send("HTTP/1.1 200 OK\r\n%s\r\n", fields)
+		resp, err := http.ReadResponse(b.to.br, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.body = resp.Body
+	case "POST":
+		req, err := http.ReadRequest(b.to.br)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.body = req.Body
+	}
+	return b
+}
+
+// beginUnder has the first bytes pass. Then the net becomes toxic, and the rest is sent, but for the last hold bytes.
+func (e transfer) beginUnder(t, whole *testing.T, p *testProxy, toxic toxics.Toxic, hold int) (b begun) {
+	t.Helper()
+	data := noise(e.size, 1) // before limits run
+	sent := e.sent(data)
+	b = e.begin(t, whole, p, new(toxics.NoopToxic))
+	b.data, sent, b.held = data, sent[:len(sent)-hold], sent[len(sent)-hold:]
+	b.from.send("%s", sent[:1000])
+	b.got = make([]byte, 900)
+	if _, err := io.ReadFull(b.body, b.got); err != nil {
+		t.Fatal(err)
+	}
+	b.net.become(toxic)
+	b.from.sending(sent[1000:], false)
+	return b
+}
+
+// wantsPart wants the right bytes to have come, and the receiver to be told that they are not all, or at least of an end.
+func (b *begun) wantsPart(t *testing.T, plainEnd bool) {
+	t.Helper()
+	rest, err := io.ReadAll(b.body)
+	b.got = append(b.got, rest...)
+	if !bytes.HasPrefix(b.data, b.got) || len(b.got) == len(b.data) || err == nil && !plainEnd || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("%d bytes of %d, as they were sent: %v; then %v", len(b.got), len(b.data), bytes.HasPrefix(b.data, b.got), err)
+	}
+}
+
+// leavesNothing runs cases, after which the proxy, still running, must hold no more than before, but for pipes that it keeps for later.
+func (p *testProxy) leavesNothing(t *testing.T, cases func(t *testing.T)) {
+	goroutines, files := runtime.NumGoroutine(), countFiles()-openPipes()
+	t.Run("all", cases)
+	eventually(t, "all clients to be let go", func() bool {
+		return strings.Count(p.log.all(), `"client connected"`) == strings.Count(p.log.all(), `"client closed"`)
+	})
+	awaitNoLeak(t, goroutines, files+openPipes())
+}
+
+// TestToxicsThatSlow: late, in tiny pieces or with a late end, everything arrives and nothing is held to be wrong.
+func TestToxicsThatSlow(t *testing.T) {
+	p := startProxy(t)
+	slow := map[string]toxics.Toxic{"latency": &toxics.LatencyToxic{Latency: 10, Jitter: 10}, "bandwidth": &toxics.BandwidthToxic{Rate: 2000},
+		"slicer": &toxics.SlicerToxic{AverageSize: 50, SizeVariation: 40}, "slow_close": &toxics.SlowCloseToxic{Delay: 30}}
+	p.leavesNothing(t, func(whole *testing.T) {
+		for name, toxic := range slow {
+			for _, e := range transfers() {
+				whole.Run(e.under(name), func(t *testing.T) {
+					t.Parallel()
+					b, data := e.begin(t, whole, p, toxic), noise(e.size, 1)
+					b.from.sending(e.sent(data), e.tunnel() || e.framing == "close")
+					got, err := io.ReadAll(b.body)
+					if sameBytes(t, e.what, got, data); err != nil {
+						t.Fatal(err)
+					}
+					want := map[string]any{"level": "INFO", "http.response.status_code": 200.0, "http.request.body.size": float64(e.size), "http.response.body.size": float64(e.size)}
+					switch e.what {
+					case "GET":
+						want["http.request.body.size"] = 0.0
+					case "POST":
+						b.origin.send(plainAnswer)
+						b.client.response("POST")
+						want["http.response.body.size"] = 2.0
+					default: // the other direction is still open
+						b.to.sending(data, true)
+						sameBytes(t, "back", b.from.all(), data)
+						want["close_reason"] = map[string]string{"from client": "client_closed", "from origin": "upstream_closed"}[e.what]
+					}
+					wantsFields(t, p.recordFor(t, b.msg, b.addr), want)
+				})
+			}
+		}
+	})
+}
+
+// TestToxicsThatCut has connections reset, or ended as if all were well, in the middle of a body: the other side is told.
+func TestToxicsThatCut(t *testing.T) {
+	p := startProxy(t)
+	p.leavesNothing(t, func(whole *testing.T) {
+		for name, toxic := range map[string]toxics.Toxic{"reset_peer": &toxics.ResetToxic{}, "limit_data": &toxics.LimitDataToxic{Bytes: 1000}} {
+			for _, e := range transfers() {
+				resets := name == "reset_peer"
+				if !resets && e.framing == "close" && e.leg == "origin" {
+					continue // such an end is that of the body
+				}
+				whole.Run(e.under(name), func(t *testing.T) {
+					b := e.beginUnder(t, whole, p, toxic, 20)
+					b.wantsPart(t, e.tunnel() && !resets)
+					b.from.Write(b.held[:5]) // that a client which ended in good order is gone shows by what it does not take
+					token, status, other := "client_disconnected", 0, b.origin
+					if e.leg == "origin" {
+						token, other = "connection_terminated", b.client
+					}
+					if e.leg == "origin" && e.what == "POST" {
+						status = 502
+						b.client.wantsRefusal("POST", status, token)
+					}
+					other.wantsEnd() // before it closes, too
+					other.Close()
+					r := p.recordFor(t, b.msg, b.addr)
+					if !e.tunnel() {
+						wantsLogged(t, r, status, token)
+						return
+					}
+					reason, plain := r["close_reason"], map[string]string{"client": "client_closed", "origin": "upstream_closed"}[e.leg]
+					// To the sender at the other leg an end can be a reset, since there are bytes that nobody takes.
+					if mayFail := resets || e.what != "from "+e.leg; (resets || reason != plain) && (!mayFail || reason != "connection_error") {
+						t.Errorf("close_reason %v", reason)
+					}
+				})
+			}
+		}
+	})
+}
+
+// TestToxicsThatSilence: in the middle of a body a peer that seems to be there swallows everything, or takes next to nothing any more.
+// What is stuck ends by its limit. All get stuck first, so that the limits run at the same time.
+func TestToxicsThatSilence(t *testing.T) {
+	p := startProxy(t, "HEADER_TIMEOUT=500ms", "RESPONSE_TIMEOUT=500ms", "BODY_TIMEOUT=500ms", "TUNNEL_IDLE_TIMEOUT=500ms", "IDLE_TIMEOUT=500ms")
+	const much = 32 << 20 // more than the sockets on the way hold
+	p.leavesNothing(t, func(whole *testing.T) {
+		var checks []func()
+		begin := func(name string, toxic toxics.Toxic, list []transfer) {
+			for _, e := range list {
+				b := e.beginUnder(whole, whole, p, toxic, 0)
+				checks = append(checks, func() { whole.Run(e.under(name), func(t *testing.T) { e.endsByLimit(t, p, &b, name) }) })
+			}
+		}
+		begin("timeout", new(toxics.TimeoutToxic), slices.DeleteFunc(transfers(), func(e transfer) bool { return e.framing == "close" && e.leg == "client" })) // it would end
+		begin("slicer", &toxics.SlicerToxic{AverageSize: 100, Delay: 100_000}, []transfer{{"GET", "length", much, "client"}, {"POST", "length", much, "origin"},
+			{"from origin", "tunnel", much, "client"}, {"from client", "tunnel", much, "origin"}})
+		for _, check := range checks {
+			check()
+		}
+		whole.Run("timeout at the client/in a head", func(t *testing.T) {
+			o, n := originFor(t, whole), startBadNet(whole, p.addr, new(toxics.NoopToxic))
+			c := (&testProxy{addr: n.addr}).dial(t)
+			c.send("%s", o.fill(plainRequest)+"GET http://") // the answer to the first shows that the second has begun
+			up := o.accept()
+			up.head()
+			up.send(plainAnswer)
+			c.wants(plainGets)
+			n.become(new(toxics.TimeoutToxic))
+			c.wantsEnd()
+			eventually(t, "the record", func() bool { return strings.Contains(p.log.all(), "(SLUICE_HEADER_TIMEOUT)") })
+		})
+	})
+}
+
+// endsByLimit wants one that is stuck to end, and its record to say why.
+func (e transfer) endsByLimit(t *testing.T, p *testProxy, b *begun, toxic string) {
+	b.client.t, b.origin.t = t, t
+	r := p.recordFor(t, b.msg, b.addr)
+	if toxic == "slicer" {
+		b.net.become(new(toxics.NoopToxic)) // what is on the way comes out, and the end behind it
+	}
+	b.wantsPart(t, e.tunnel())
+	end, fails := map[string]struct {
+		status     int
+		token, why string
+	}{
+		"POST, timeout at the client": {408, "http_request_error", "SLUICE_BODY_TIMEOUT"},
+		"GET, timeout at the origin":  {200, "http_response_timeout", "SLUICE_BODY_TIMEOUT"},
+		"POST, timeout at the origin": {504, "http_response_timeout", "SLUICE_RESPONSE_TIMEOUT"},
+		"GET, slicer at the client":   {200, "client_disconnected", "the client left"},
+		"POST, slicer at the origin":  {504, "http_response_timeout", "SLUICE_BODY_TIMEOUT"},
+	}[fmt.Sprintf("%s, %s at the %s", e.what, toxic, e.leg)]
+	switch why, _ := r["error.message"].(string); {
+	case e.tunnel():
+		wantsFields(t, r, map[string]any{"close_reason": "idle_timeout"})
+	case !fails: // all was taken from the proxy, and the connection to the origin is kept
+		wantsFields(t, r, map[string]any{"level": "INFO", "http.response.body.size": float64(e.size)})
+		return
+	case end.status == 504:
+		b.client.wantsRefusal("POST", 504, end.token, end.why)
+		fallthrough
+	default:
+		if wantsLogged(t, r, end.status, end.token); !strings.Contains(why, end.why) {
+			t.Errorf("error.message %q", why)
+		}
+	}
+	b.from.wantsEnd()
+	if took := r["duration_ms"].(float64); took < 450 || took > 3000 {
+		t.Errorf("took %v ms", took)
+	}
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -1183,11 +1183,12 @@ func (d *direction) over(err error) {
 	if err == io.ErrUnexpectedEOF {
 		t.mu.Lock()
 		t.reason = cmp.Or(t.reason, d.closed)
+		first := t.reason
 		t.mu.Unlock()
 		t.touch()
 		t.half.Store(true)
 		if d.dst.tcp.CloseWrite() != nil {
-			t.end(d.closed)
+			t.end(first)
 		}
 		t.tick() // the other direction has less patience now
 	} else { // passed on as what it is: neither side shall take what it got for everything
