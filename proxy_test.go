@@ -5813,10 +5813,7 @@ func TestFloodsInASmallContainer(t *testing.T) {
 			senders.Go(func() { io.WriteString(c, flood.send) })
 		}
 		senders.Wait()
-		used, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
-		_, rss, _ := strings.Cut(string(used), "VmRSS:")
-		rss, _, _ = strings.Cut(rss, "\n")
-		t.Log(flood.name, strings.TrimSpace(rss))
+		t.Logf("%s: %d kB", flood.name, p.residentMemory()>>10)
 		for _, c := range conns {
 			c.Close()
 		}
@@ -5872,6 +5869,48 @@ func TestMemoryRunsShort(t *testing.T) {
 	eventually(t, "the client to be idle", c.idle.Load)
 	any(s).(interface{ letGo() }).letGo() // which only Linux has
 	s.serving.Wait()
+}
+
+// residentMemory is what a process holds, in bytes (proc(5): VmRSS).
+func (p *process) residentMemory() int {
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+	_, rest, _ := strings.Cut(string(text), "VmRSS:")
+	kilobytes, _ := strconv.Atoi(strings.Fields(rest + " 0")[0])
+	return kilobytes << 10
+}
+
+// The README says 3 kB for an idle client and 6 kB for an idle tunnel; with twice that and what a young process grows by it would be wrong.
+func TestIdleConnectionsTakeLittle(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("elsewhere they hold goroutines")
+	}
+	t.Parallel() // what is tested is a process of its own
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	for method, most := range map[string]int{"GET": 6 << 10, "CONNECT": 12 << 10} {
+		process := startProcess(t, buildBinary(t), "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "LOG_SAMPLE=info=0")
+		p, line := &testProxy{addr: process.addr}, request("GET", "http://"+origin+"/")
+		if method == "CONNECT" {
+			line = request("CONNECT", origin)
+		}
+		before, count := process.residentMemory()+1<<20, 1000
+		for range count {
+			c := dialTCP(t, p.addr)
+			io.WriteString(c, line)
+			if resp, err := http.ReadResponse(bufio.NewReader(c), &http.Request{Method: method}); err != nil || resp.StatusCode != 200 {
+				t.Fatal(resp, err)
+			}
+		}
+		each := 0
+		for end := time.Now().Add(8 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) { // memory goes back late
+			if each = (process.residentMemory() - before) / count; each <= most {
+				break
+			}
+		}
+		if t.Logf("%s: %d bytes each", method, each); each > most {
+			t.Errorf("%s: %d bytes each, want %d at most", method, each, most)
+		}
+		process.Process.Kill()
+	}
 }
 
 // MAX_CONNS comes from descriptors and memory, MEMORY_LIMIT from the cgroup.
