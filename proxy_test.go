@@ -7113,6 +7113,18 @@ func TestNoDescriptorForPipes(t *testing.T) {
 	<-sent
 }
 
+// The reason of a tunnel's end is the side that closed first, also where it cannot be told any more that the other has, too.
+func TestFirstToCloseStaysTheReason(t *testing.T) {
+	p, o := startProxy(t), startOrigin(t)
+	c, up := p.openTunnel(t, o)
+	c.CloseWrite()
+	up.wantsEnd()
+	c.SetLinger(0)
+	c.Close()
+	up.Close()
+	wantsFields(t, p.awaitServed(t, 0), map[string]any{"close_reason": "client_closed"})
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Bad networks
 
@@ -7289,12 +7301,13 @@ func (e transfer) begin(t, whole *testing.T, p *testProxy, toxic toxics.Toxic) (
 	return b
 }
 
-// beginUnder has the first bytes pass. Then the net becomes toxic, and the rest is sent, but for the last hold bytes.
+// beginUnder has the first bytes pass, late: deadlines are pending then that are older than they. Then the net becomes toxic, and the
+// rest is sent, but for the last hold bytes.
 func (e transfer) beginUnder(t, whole *testing.T, p *testProxy, toxic toxics.Toxic, hold int) (b begun) {
 	t.Helper()
 	data := noise(e.size, 1) // before limits run
 	sent := e.sent(data)
-	b = e.begin(t, whole, p, new(toxics.NoopToxic))
+	b = e.begin(t, whole, p, &toxics.LatencyToxic{Latency: 5})
 	b.data, sent, b.held = data, sent[:len(sent)-hold], sent[len(sent)-hold:]
 	b.from.send("%s", sent[:1000])
 	b.got = make([]byte, 900)
@@ -7373,6 +7386,7 @@ func TestToxicsThatCut(t *testing.T) {
 					continue // such an end is that of the body
 				}
 				whole.Run(e.under(name), func(t *testing.T) {
+					t.Parallel()
 					b := e.beginUnder(t, whole, p, toxic, 20)
 					b.wantsPart(t, e.tunnel() && !resets)
 					b.from.Write(b.held[:5]) // that a client which ended in good order is gone shows by what it does not take
@@ -7438,7 +7452,10 @@ func TestToxicsThatSilence(t *testing.T) {
 
 // endsByLimit wants one that is stuck to end, and its record to say why.
 func (e transfer) endsByLimit(t *testing.T, p *testProxy, b *begun, toxic string) {
-	b.client.t, b.origin.t = t, t
+	for _, end := range []*peer{b.client, b.origin} {
+		end.t = t
+		end.SetDeadline(time.Now().Add(2 * patience)) // on a busy machine the others may have taken long
+	}
 	r := p.recordFor(t, b.msg, b.addr)
 	if toxic == "slicer" {
 		b.net.become(new(toxics.NoopToxic)) // what is on the way comes out, and the end behind it
@@ -7469,7 +7486,7 @@ func (e transfer) endsByLimit(t *testing.T, p *testProxy, b *begun, toxic string
 		}
 	}
 	b.from.wantsEnd()
-	if took := r["duration_ms"].(float64); took < 450 || took > 3000 {
+	if took := r["duration_ms"].(float64); took < 450 || took > 5000 {
 		t.Errorf("took %v ms", took)
 	}
 }

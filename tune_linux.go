@@ -1139,8 +1139,8 @@ func (x *exchange) relay(up *upstream) {
 	c := x.c
 	t.onward = direction{t: t, dst: &up.wire, src: &c.wire, watch: &c.watch, closed: "client_closed"}
 	t.backward = direction{t: t, dst: &c.wire, src: &up.wire, watch: &up.watch, closed: "upstream_closed"}
-	c.over, c.detached = true, true
-	c.tcp.SetWriteDeadline(time.Time{}) // that of the answer, or of an earlier request
+	c.over, c.detached, c.under = true, true, nil // the exchange goes back
+	c.tcp.SetWriteDeadline(time.Time{})           // that of the answer, or of an earlier request
 	up.tcp.SetWriteDeadline(time.Time{})
 	t.mu.Lock()
 	t.timer = time.AfterFunc(parkAfter, t.tick)

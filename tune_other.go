@@ -174,8 +174,8 @@ func (x *exchange) relay(up *upstream) {
 	t.x.peer, t.x.minor, t.x.attrs = up.peer, x.req.minor, nil
 	x.line, x.dst.key = nil, nil // t has them
 	c := x.c
-	c.over, c.detached = true, true
-	c.tcp.SetDeadline(time.Time{}) // those of the answer, or of an earlier request
+	c.over, c.detached, c.under = true, true, nil // the exchange goes back
+	c.tcp.SetDeadline(time.Time{})                // those of the answer, or of an earlier request
 	up.tcp.SetDeadline(time.Time{})
 	if c.track(nil, nil, t) {
 		t.end("drain")
@@ -210,10 +210,10 @@ func (t *tunnel) carry(dst, src *wire, closed string) (total int64) {
 	for {
 		if src.buffered() == 0 {
 			if err := src.fill(); err == io.EOF {
+				first := t.note(closed)
 				if dst.tcp.CloseWrite() != nil {
-					t.end(closed)
+					t.end(first)
 				}
-				t.note(closed)
 				return total
 			} else if err != nil {
 				t.fail()
@@ -230,14 +230,16 @@ func (t *tunnel) carry(dst, src *wire, closed string) (total int64) {
 	}
 }
 
-// note takes note that bytes have moved, or that a side has closed.
-func (t *tunnel) note(closed string) {
+// note takes note that bytes have moved, or that a side has closed, and tells which did first.
+func (t *tunnel) note(closed string) (first string) {
 	t.mu.Lock()
 	t.last, t.half, t.reason = time.Now(), t.half || closed != "", cmp.Or(t.reason, closed)
+	first = t.reason
 	t.mu.Unlock()
 	if closed != "" {
 		t.tick() // the other direction has less patience now
 	}
+	return first
 }
 
 // fail ends the tunnel so that neither side takes what it got for everything.
