@@ -571,7 +571,7 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	s.names.answers, _ = lru.New[string, dnsAnswer](4096) // fails on sizes below 1 only
 	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
 	s.limits.tunnels.most, s.limits.hosts.most = cfg.MaxTunnels, cfg.MaxConnsPerHost
-	s.limits.mostLarge = debug.SetMemoryLimit(-1) / 4 / int64(cfg.MaxHeader)
+	s.limits.mostLarge = max(1, debug.SetMemoryLimit(-1)/4/int64(cfg.MaxHeader))
 	s.limits.rates = rates{limit: rate.Limit(cfg.Rate), burst: cmp.Or(cfg.RateBurst, 2*cfg.Rate)}
 	s.limits.rates.buckets, _ = lru.New[netip.Addr, *rate.Limiter](1 << 14) // of 200 bytes each
 	s.buffers.New = func() any { return new([bufferSize]byte) }

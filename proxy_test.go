@@ -2548,14 +2548,15 @@ func TestHostileNames(t *testing.T) {
 		}
 	}
 
+	rebinds := func(q *dnsQuery) {
+		if q.nth == 1 {
+			q.give(public)
+		} else {
+			q.give(private)
+		}
+	}
 	t.Run("rebinding", func(t *testing.T) {
-		dns.set("rebinding.test", func(q *dnsQuery) {
-			if q.nth == 1 {
-				q.give(public)
-			} else {
-				q.give(private)
-			}
-		})
+		dns.set("rebinding.test", rebinds)
 		p := startProxy(t, append(vars, "POOL_IDLE=0")...)
 		for _, method := range methods {
 			name := strings.ToLower(method) + ".rebinding.test"
@@ -2572,13 +2573,7 @@ func TestHostileNames(t *testing.T) {
 	})
 
 	t.Run("rebinding while a connection is pooled", func(t *testing.T) {
-		dns.set("pooled.test", func(q *dnsQuery) {
-			if q.nth == 1 {
-				q.give(public)
-			} else {
-				q.give(private)
-			}
-		})
+		dns.set("pooled.test", rebinds)
 		_, port, _ := net.SplitHostPort(freeAddr(t))
 		l := setTrap(t, net.JoinHostPort(public, port))
 		origin := &testOrigin{l.Listener, t, l.Addr().String()}

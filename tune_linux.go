@@ -170,7 +170,9 @@ func peerOf(from unix.Sockaddr) netip.Addr {
 		return netip.AddrFrom4(a.Addr)
 	case *unix.SockaddrInet6:
 		addr := netip.AddrFrom16(a.Addr).Unmap()
-		if link, err := net.InterfaceByIndex(int(a.ZoneId)); err == nil && a.ZoneId != 0 {
+		if a.ZoneId == 0 {
+			return addr
+		} else if link, err := net.InterfaceByIndex(int(a.ZoneId)); err == nil {
 			return addr.WithZone(link.Name)
 		}
 		return addr
