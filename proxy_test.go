@@ -2072,7 +2072,7 @@ func TestLoginsOfConnections(t *testing.T) {
 	p := startProxy(t)
 	for field, reused := range map[string]bool{"Authorization: NTLM TlRMTVNTUA==\r\n": false, "authorization: negotiate YII=\r\n": false, "Authorization: Negotiate\r\n": false,
 		"Authorization: Basic YTpi\r\n": true, "Authorization: NTLMish x\r\n": true} {
-		first := p.dial(t)
+		first, n := p.dial(t), len(p.served())
 		first.send("GET http://%s/ HTTP/1.1\r\nHost: x\r\n%s\r\n", origin.addr, field)
 		up := origin.accept()
 		if head := up.head(); !strings.Contains(head, field) {
@@ -2080,6 +2080,7 @@ func TestLoginsOfConnections(t *testing.T) {
 		}
 		up.send("%s", plainAnswer)
 		first.wants(plainGets)
+		p.awaitServed(t, n) // an answer is sent on before its connection is free for another client
 		second := p.dial(t)
 		second.send("%s", origin.fill(plainRequest))
 		if !reused {
@@ -2089,6 +2090,7 @@ func TestLoginsOfConnections(t *testing.T) {
 		up.wants(origin.fill(plainWants))
 		up.send("%s", strings.Replace(plainAnswer, "\r\n", "\r\nConnection: close\r\n", 1))
 		second.response("GET")
+		p.awaitServed(t, n+1)
 	}
 }
 
