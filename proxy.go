@@ -12,7 +12,8 @@
 //	  → CONNECT: resolve, judge, dial → 200 → relay both ways in the kernel → log
 //
 // Contents, as data flows: Entry · Configuration · Server · Clients · Wires and buffers · Heads · Requests · Policy ·
-// Names and dialling · Forwarding · Bodies · Tunnels · Answers · Logs · Admin · Platform contract (tune_linux.go, tune_other.go).
+// Names and dialling · Forwarding · Bodies · Tunnels · Answers · Logs ·
+// Platform contract (tune_linux.go, tune_other.go). What is told of it all, logger, metrics and admin listener, stands in observe.go.
 //
 // What it deliberately does not do: cache, rewrite, intercept TLS, serve files, act as a reverse proxy, take flags.
 //
@@ -41,7 +42,6 @@ import (
 	"log/slog"
 	"maps"
 	"math"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -65,7 +65,6 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/gaissmai/bart"
 	lru "github.com/hashicorp/golang-lru/v2"
-	"github.com/lmittmann/tint"
 	"golang.org/x/crypto/bcrypt"
 	"golang.org/x/sync/singleflight"
 	"golang.org/x/time/rate"
@@ -74,9 +73,9 @@ import (
 // version is set at build time with -ldflags "-X main.version=…".
 var version = "dev"
 
-// files are the table of address classes, and this file: the comments of the config struct are what `sluice env` prints.
+// files are the table of address classes, the status page, and this file: the comments of the config struct are what `sluice env` prints.
 //
-//go:embed addresses.txt proxy.go
+//go:embed addresses.txt proxy.go status.html
 var files embed.FS
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -124,25 +123,28 @@ func command(args, environ []string, stdout, stderr io.Writer) int {
 		return min(exitStatus(askHealth(environ), stderr), 1) // the two that Docker knows
 	case "env":
 		return exitStatus(printEnv(environ, stdout), stderr)
+	case "logs":
+		return exitStatus(printLogs(os.Stdin, stdout), stderr)
 	}
-	fmt.Fprintf(stderr, "sluice: no command %q; without one it serves, and there are: health, env, version\n", args[0])
+	fmt.Fprintf(stderr, "sluice: no command %q; without one it serves, and there are: health, env, logs, version\n", args[0])
 	return 2
 }
 
 // run serves until ctx is done, then drains. Its error is a configErrors for a bad environment. Logs go to stdout.
 func run(ctx context.Context, environ []string, stdout io.Writer) error {
-	cfg, _, err := loadConfig(environ)
+	cfg, vars, err := loadConfig(environ)
 	if err != nil {
 		return err
 	}
 	log := newLogger(cfg, stdout)
 	defer log.close(time.Second)
-	tuneKernel(cfg, log.process) // first: limits are made from descriptors and memory, and the backlog from somaxconn
+	findings := tuneKernel(cfg, log.process) // first: limits are made from descriptors and memory, and the backlog from somaxconn
 	s, err := newServer(cfg, log)
 	if err != nil {
 		return err
 	}
 	defer s.close()
+	s.vars, s.findings = vars, findings
 	ctx, s.stop = context.WithCancel(ctx)
 	if err := s.listen(ctx); err != nil {
 		return err
@@ -161,7 +163,7 @@ const envPrefix = "SLUICE_"
 type config struct {
 	Listen                 list          `env:"LISTEN" envDefault:"127.0.0.1:3128"`          // Addresses to serve on; an empty host means every interface. The image sets `:3128`.
 	Listeners              int           `env:"LISTENERS" envDefault:"0"`                    // SO_REUSEPORT listeners per address; 0 = one per usable CPU.
-	Admin                  string        `env:"ADMIN" envDefault:"127.0.0.1:3129"`           // Address of `/healthz`, `/readyz` and `POST /drain`; `off` = none.
+	Admin                  string        `env:"ADMIN" envDefault:"127.0.0.1:3129"`           // Address of the status page, `/metrics`, `/healthz`, `/readyz`, `/debug/pprof/` and `POST /drain`; `off` = none.
 	Name                   string        `env:"NAME"`                                        // This hop's name in Via and Proxy-Status; a request that carries it in Via has come back and is refused. The default is the host name.
 	AllowClients           prefixes      `env:"ALLOW_CLIENTS" envDefault:"loopback,private"` // Who may connect: CIDRs, addresses, `loopback`, `private`, `all`.
 	Users                  users         `env:"USERS"`                                       // `name:password` or `name:bcrypt-hash`, separated by commas or lines: require Basic proxy authentication.
@@ -198,7 +200,7 @@ type config struct {
 	DNSTimeout             time.Duration `env:"DNS_TIMEOUT" envDefault:"5s"`                 // One lookup.
 	DNSServers             list          `env:"DNS_SERVERS"`                                 // Resolvers, `host:port` with an IP address as host; by default the system's.
 	LogLevel               slog.Level    `env:"LOG_LEVEL" envDefault:"info"`                 // Least level that is logged: `debug`, `info`, `warn`, `error`.
-	LogFormat              string        `env:"LOG_FORMAT" envDefault:"auto"`                // `json`; `text` (for people); `auto` = text on a terminal, else json.
+	LogFormat              string        `env:"LOG_FORMAT" envDefault:"auto"`                // `json`; `cbor` (a sequence of maps, which `sluice logs` turns into lines of JSON); `text` (for people); `auto` = text on a terminal, else json.
 	LogSample              shares        `env:"LOG_SAMPLE"`                                  // Share of connection, request and tunnel records kept per level, as in `debug=0.01,info=0.1`; levels not named are kept. Records about the process itself are never sampled.
 	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written; when full, new ones are dropped and counted, never waited for.
 	LogQuery               bool          `env:"LOG_QUERY" envDefault:"false"`                // Log query strings, in `url.query`. User info and credentials are never logged.
@@ -324,7 +326,7 @@ func (c *config) check(demand func(ok bool, name, reason string)) {
 	demand(c.MaxHeader >= 1024 && c.MaxHeader <= 16<<20, "MAX_HEADER", "must be between 1KiB and 16MiB")
 	demand(c.LogLevel%4 == 0 && c.LogLevel >= slog.LevelDebug && c.LogLevel <= slog.LevelError, "LOG_LEVEL", "is none of debug, info, warn, error")
 	demand(c.LogBuffer > 0, "LOG_BUFFER", "must be at least 1")
-	demand(slices.Contains([]string{"auto", "json", "text"}, c.LogFormat), "LOG_FORMAT", "is none of json, text, auto")
+	demand(slices.Contains([]string{"auto", "json", "text", "cbor"}, c.LogFormat), "LOG_FORMAT", "is none of json, text, cbor, auto")
 	demand(slices.Contains([]string{"enforce", "audit"}, c.Mode), "MODE", "is neither enforce nor audit")
 	demand(slices.Contains([]string{"check", "apply", "off"}, c.Tune), "TUNE", "is none of check, apply, off")
 }
@@ -540,6 +542,7 @@ func (u *users) UnmarshalText(text []byte) error {
 type server struct {
 	cfg       *config
 	log       *logger
+	metrics   *telemetry
 	buffers   sync.Pool // of *[bufferSize]byte
 	exchanges sync.Pool // of *exchange
 	names     *resolver
@@ -553,7 +556,11 @@ type server struct {
 	own       []netip.AddrPort // where this process listens, the admin listener included
 	admin     *http.Server
 	stop      func() // begins the drain, as SIGTERM does
+	started   time.Time
+	vars      []variable // the configuration in force
+	findings  []finding  // what falls short in the kernel
 	limits    limits
+	accepts   atomic.Bool  // connections
 	draining  atomic.Bool  // since SIGTERM
 	closing   atomic.Bool  // since the drain's grace is over
 	panics    atomic.Int64 // so far
@@ -565,9 +572,10 @@ type server struct {
 }
 
 func newServer(cfg *config, log *logger) (s *server, err error) {
-	s = &server{cfg: cfg, log: log, reached: contacts{keys: map[string]bool{}}, doubtful: contacts{keys: map[string]bool{}, all: true},
-		pool: newPool(cfg), gate: newGatekeeper(cfg.Users), hop: []byte(cfg.Name + "\r\n")}
-	s.names, s.admin = &resolver{cfg: cfg}, newAdmin(s)
+	s = &server{cfg: cfg, log: log, metrics: newTelemetry(), started: time.Now(), reached: contacts{keys: map[string]*atomic.Int64{}},
+		doubtful: contacts{keys: map[string]*atomic.Int64{}, all: true},
+		pool:     newPool(cfg), gate: newGatekeeper(cfg.Users), hop: []byte(cfg.Name + "\r\n")}
+	s.names, s.admin = &resolver{cfg: cfg, metrics: s.metrics}, newAdmin(s)
 	s.names.answers, _ = lru.New[string, dnsAnswer](4096) // fails on sizes below 1 only
 	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
 	s.limits.tunnels.most, s.limits.hosts.most = cfg.MaxTunnels, cfg.MaxConnsPerHost
@@ -580,6 +588,7 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 		x.awaitClient, x.awaitOrigin = x.armClient, x.armOrigin
 		return x
 	}
+	s.metrics.watch(s)
 	s.watcher, err = newWatcher()
 	return s, err
 }
@@ -599,21 +608,28 @@ func (s *server) listen(ctx context.Context) error {
 			return fmt.Errorf("SLUICE_ADMIN: %w", err)
 		}
 		s.own, s.cfg.Admin = append(s.own, addrPort(l.Addr())), l.Addr().String()
-		s.behind.Go(func() {
+		s.run(&s.behind, func() {
 			if err := s.admin.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 				s.log.process.Error("admin listener failed", logType, tokenInternal, logMessage, err.Error())
 			}
 		})
 	}
-	s.behind.Go(s.watcher.run)
-	s.behind.Go(func() { s.watchMemory(ctx) })
+	s.run(&s.behind, s.watcher.run)
+	s.run(&s.behind, func() { s.watchMemory(ctx) })
+	s.run(&s.behind, func() { s.metrics.remember(ctx) })
 	for _, l := range s.listeners {
-		s.accepting.Go(func() { s.accept(ctx, l) })
+		s.run(&s.accepting, func() { s.accept(ctx, l) })
 	}
+	s.accepts.Store(true)
 	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
 		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "users", len(s.cfg.Users), "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
 		"max_conns", s.limits.conns.most, "memory_limit", debug.SetMemoryLimit(-1), "max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 	return nil
+}
+
+// run runs f in a goroutine of group. A panic of it ends the process, but not before the log is written.
+func (s *server) run(group *sync.WaitGroup, f func()) {
+	group.Go(func() { defer s.log.lastWords(); f() })
 }
 
 // drain stops accepting, closes connections that stay idle for the grace, lets what runs finish, and cuts what is left when
@@ -689,6 +705,8 @@ type client struct {
 	over     bool        // no further request is served
 	detached bool        // a tunnel has taken over
 	lingers  bool        // the end is made with care, since unread bytes are about
+	rejected bool        // is answered before it sent a request
+	luck     float64     // decides with LOG_SAMPLE whether it is told of
 
 	mu       sync.Mutex // guards what follows
 	gone     bool       // has hung up
@@ -705,16 +723,19 @@ type client struct {
 // newClient takes a connection in; a failure says why it is not to be served.
 func (s *server) newClient(conn stream, addr netip.Addr) (c *client, f *failure) {
 	s.serving.Add(1)
-	c = &client{addr: addr}
+	s.metrics.accepted.Inc()
+	s.metrics.clients.Add(1)
+	c = &client{addr: addr, luck: s.cfg.luck()}
 	c.attach(s, conn)
 	s.clients.Store(c, nil)
-	s.log.debug("client connected", c.addr)
+	s.log.debug("client connected", c)
 	return c, c.enter()
 }
 
 // shed answers a connection without reading from it, and ends it a little later, so that the reset that unread bytes cause does not
 // destroy the answer. Nothing waits for that but a timer; more than 256 do not, but end at once.
 func (c *client) shed(f *failure, wait time.Duration) {
+	c.rejected = true
 	c.newExchange().conclude(f)
 	c.tcp.CloseWrite()
 	if c.srv.limits.shedding.Add(1) > 256 {
@@ -793,7 +814,8 @@ func (c *client) end() {
 		c.srv.limits.conns.add(struct{}{}, -1)
 		c.srv.limits.clients.add(c.site, -1)
 	}
-	c.srv.log.debug("client closed", c.addr)
+	c.srv.metrics.clients.Add(-1)
+	c.srv.log.debug("client closed", c)
 	c.srv.serving.Done()
 }
 
@@ -1376,9 +1398,9 @@ type destination struct {
 type summary struct {
 	srv               *server
 	c                 *client
-	start, end        time.Time
-	line              []byte // a copy of the request line
-	method, target    []byte // slices of line; target is what the origin gets: path and query, "*", for CONNECT nothing
+	start, asked, end time.Time // asked = when the request was sent on
+	line              []byte    // a copy of the request line
+	method, target    []byte    // slices of line; target is what the origin gets: path and query, "*", for CONNECT nothing
 	dst               destination
 	connect, reused   bool        // the method is CONNECT; the upstream connection came from the pool
 	minor, status     int         // HTTP/1.minor of the request; what it was answered with
@@ -1386,7 +1408,9 @@ type summary struct {
 	peer, trace, user string      // the address it went to; traceparent's trace-id; who was authenticated
 	first             bool        // the first contact with its destination
 	closed            string      // why a tunnel ended
+	luck              float64     // decides with LOG_SAMPLE whether it is told of
 	attrs             []slog.Attr // for the record
+	tally             tally       // of the exchange that had this memory before
 }
 
 // exchange is one request and its answer. It belongs to the client's goroutine, and is pooled.
@@ -1412,7 +1436,8 @@ type exchange struct {
 
 // begin makes x new, but for the memory it has.
 func (x *exchange) begin(c *client) {
-	*x = exchange{summary: summary{srv: x.srv, c: c, start: time.Now(), line: x.line[:0], dst: destination{key: x.dst.key[:0]}, attrs: x.attrs[:0]},
+	*x = exchange{summary: summary{srv: x.srv, c: c, start: time.Now(), line: x.line[:0], dst: destination{key: x.dst.key[:0]},
+		luck: x.srv.cfg.luck(), attrs: x.attrs[:0], tally: x.tally},
 		out: x.out[:0], in: x.in[:0], req: head{fields: x.req.fields, named: x.req.named}, resp: head{fields: x.resp.fields, named: x.resp.named},
 		awaitClient: x.awaitClient, awaitOrigin: x.awaitOrigin}
 	x.req.reset(nil)
@@ -1434,6 +1459,7 @@ func (x *exchange) serve() {
 		f = x.forward()
 	}
 	if x.onward != nil {
+		x.srv.metrics.opened(&x.summary)
 		x.relay(x.onward)
 		return
 	}
@@ -1660,32 +1686,35 @@ func (x *exchange) unlessAudited(f *failure) *failure {
 	if f == nil || x.srv.cfg.Mode != "audit" {
 		return f
 	}
-	if x.srv.doubtful.first(&x.dst) {
+	if isNew, _ := x.srv.doubtful.first(&x.dst); isNew {
 		x.srv.log.process.Warn("would deny", logClient, x.c.addr.String(), logMethod, string(x.method), logServer, string(x.dst.host),
 			logPort, int(x.dst.port), "would_deny", f.text)
 	}
 	return nil
 }
 
-// contacts remembers destinations, so that the first contact with each can be told of.
+// contacts remembers destinations, so that the first contact with each can be told of, and how many requests each had.
 type contacts struct {
 	mu   sync.Mutex
-	keys map[string]bool // destination.key; guarded by mu
-	more int             // contacts with destinations for which there was no room; guarded by mu
-	all  bool            // those are taken for new
+	keys map[string]*atomic.Int64 // by destination.key; guarded by mu
+	more int                      // contacts with destinations for which there was no room; guarded by mu
+	all  bool                     // those are taken for new
 }
 
-// first reports whether d is new here.
-func (c *contacts) first(d *destination) bool {
+// first reports whether d is new here, and where its requests are counted.
+func (c *contacts) first(d *destination) (isNew bool, requests *atomic.Int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	known, full := c.keys[string(d.key)], len(c.keys) == 1000 // hostile clients may choose them, 260 bytes each
-	if !known && full {
-		c.more++
-	} else if !known {
-		c.keys[string(d.key)] = true
+	if requests = c.keys[string(d.key)]; requests != nil {
+		return false, requests
 	}
-	return !known && (!full || c.all)
+	requests = new(atomic.Int64)
+	if len(c.keys) == 1000 { // hostile clients may choose them, 260 bytes each
+		c.more++
+		return c.all, requests
+	}
+	c.keys[string(d.key)] = requests
+	return true, requests
 }
 
 // list says where connections went, as values to be pasted into an environment.
@@ -1923,6 +1952,7 @@ func (d *destination) refuse(token string, a netip.Addr, what string) *failure {
 // resolver looks names up and remembers the answers for a while.
 type resolver struct {
 	cfg     *config
+	metrics *telemetry
 	lookups singleflight.Group // by name
 	answers *lru.Cache[string, dnsAnswer]
 }
@@ -1977,6 +2007,7 @@ func (r *resolver) askOne(host, server string, limit time.Duration) ([]netip.Add
 // resolve returns the addresses of a name. Lookups of one name at one time are one, which goes on when ctx ends this wait.
 func (r *resolver) resolve(ctx context.Context, host string) ([]netip.Addr, error) {
 	if a, known := r.answers.Get(host); known && time.Now().Before(a.next) {
+		r.metrics.hits.Inc()
 		return a.addrs, nil
 	}
 	select {
@@ -1993,10 +2024,14 @@ func (r *resolver) refresh(host string) ([]netip.Addr, error) {
 	a, known := r.answers.Peek(host)
 	now := time.Now()
 	if err == nil {
+		r.metrics.misses.Inc()
 		a.addrs, a.learned = addrs[:min(len(addrs), 16)], now // so that a hostile answer does not start a thousand connections
 	} else if !known || gone || now.Sub(a.learned) >= r.cfg.DNSStale {
+		r.metrics.errors.Inc()
 		r.answers.Remove(host)
 		return nil, err
+	} else {
+		r.metrics.stales.Inc()
 	}
 	a.next = now.Add(r.cfg.DNSCacheTTL)
 	r.answers.Add(host, a)
@@ -2028,13 +2063,16 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 		}
 		idle.close()
 	}
+	begun := time.Now()
 	up, err := x.srv.dial(ctx, allowed)
 	if err != nil {
 		hosts.add(key, -1)
 		return nil, x.dialFailure(err)
 	}
-	up.key = key
-	x.first = x.srv.reached.first(&x.dst) // a connection of the pool is to one that is known
+	up.key, x.asked = key, time.Now()
+	x.srv.metrics.connect.Observe(x.asked.Sub(begun).Seconds())
+	x.srv.metrics.upstreams.Add(1)
+	x.first, up.requests = x.srv.reached.first(&x.dst) // a connection of the pool is to one that is known
 	return up, nil
 }
 
@@ -2079,6 +2117,8 @@ type upstream struct {
 	hung  atomic.Bool // the origin has closed its side
 	since time.Time   // idle since; guarded by pool.mu
 	wary  bool        // there may be more than its last response: that had no body by rule, or was moved by the kernel unseen
+
+	requests *atomic.Int64 // of all to its destination
 }
 
 func (up *upstream) close() {
@@ -2086,6 +2126,7 @@ func (up *upstream) close() {
 	up.tcp.Close()
 	up.drop()
 	if up.key != "" { // it did not only lose a race
+		up.srv.metrics.upstreams.Add(-1)
 		up.srv.limits.hosts.add(up.key, -1)
 	}
 }
@@ -2104,7 +2145,12 @@ func (x *exchange) forward() *failure {
 				return f
 			}
 			x.srv.watcher.add(&up.watch, up.raw, up)
+			x.srv.metrics.dialled.Inc()
+		} else {
+			x.asked = x.start
+			x.srv.metrics.reused.Inc()
 		}
+		up.requests.Add(1)
 		if f := x.roundTrip(up); f == nil || !f.stale || !x.reused || !x.repeatable() {
 			return f
 		}
@@ -2209,7 +2255,7 @@ func (x *exchange) sendWhole(up *upstream) *failure {
 	if x.c.buffered() == 0 {
 		x.c.drop() // the answer may take its time, and comes into the same buffer while the cache has it
 	}
-	up.readBy(x.srv.cfg.ResponseTimeout)
+	up.readWithin(x.asked, x.srv.cfg.ResponseTimeout)
 	if err := up.ask(x.srv.cfg.BodyTimeout, x.out); err != nil {
 		return x.upstreamFailure(err)
 	}
@@ -2233,7 +2279,8 @@ func (x *exchange) sendBody(up *upstream) {
 	if x.c.failed != nil {
 		up.tcp.Close()
 	} else if x.respBody.w == nil { // the final response has not begun
-		up.readBy(x.srv.cfg.ResponseTimeout)
+		x.asked = time.Now()
+		up.readWithin(x.asked, x.srv.cfg.ResponseTimeout)
 	}
 }
 
@@ -2322,6 +2369,7 @@ func (x *exchange) respond(up *upstream) *failure {
 	limit, length := int64(x.srv.cfg.MaxResponseBody), x.resp.length
 	x.c.mu.Lock() // sendBody asks whether it has begun
 	x.respBody.begin(&up.wire, &x.resp, bodyClose, limit)
+	x.srv.metrics.wait.Observe(time.Since(x.asked).Seconds())
 	x.c.mu.Unlock()
 	bodiless := string(x.method) == "HEAD" || x.status == 204 || x.status == 304
 	up.wary = bodiless || length >= spliceFrom
@@ -2631,6 +2679,7 @@ func (x *exchange) tunnel() *failure {
 	if f != nil {
 		return f
 	}
+	up.requests.Add(1)
 	x.status, x.begun = 200, true
 	if f := x.tell([]byte("HTTP/1.1 200 Connection Established\r\n\r\n")); f != nil {
 		up.close()
@@ -2694,6 +2743,14 @@ func fail(status int, token, format string, args ...any) *failure {
 func (f *failure) because(err error) *failure {
 	f.cause = err
 	return f
+}
+
+// logged is what is told of f beyond the client.
+func (f *failure) logged() string {
+	if f.cause == nil {
+		return f.text
+	}
+	return f.text + ": " + f.cause.Error()
 }
 
 // answer sends the response that stands for f.
@@ -2770,52 +2827,6 @@ const (
 	logTrace    = "trace_id"
 )
 
-// logger stands before a writer that may block. A goroutine writes what waits in one piece; what finds LOG_BUFFER full is dropped.
-// Records about traffic are sampled by level before they are built, those about the process never.
-type logger struct {
-	cfg     *config
-	process *slog.Logger
-	direct  *slog.Logger // past the queue
-	out     io.Writer
-	done    chan struct{} // closed when everything is written after close
-
-	mu      sync.Mutex // guards what follows
-	work    sync.Cond  // there may be something to do
-	waiting []byte
-	records int // waiting or being written
-	dropped int // since that was last said
-	closed  bool
-}
-
-func newLogger(cfg *config, stdout io.Writer) *logger {
-	file, _ := stdout.(*os.File)
-	info, err := file.Stat() // fails on nil
-	terminal := err == nil && info.Mode()&os.ModeCharDevice != 0
-	encoder := func(w io.Writer) slog.Handler {
-		if cfg.LogFormat == "text" || cfg.LogFormat == "auto" && terminal {
-			return tint.NewTextHandler(w, &tint.Options{Level: cfg.LogLevel, NoColor: !terminal || os.Getenv("NO_COLOR") != ""})
-		}
-		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: cfg.LogLevel})
-	}
-	l := &logger{cfg: cfg, out: stdout, direct: slog.New(encoder(stdout)), done: make(chan struct{})}
-	l.process, l.work.L = slog.New(encoder(l)), &l.mu
-	go l.drain()
-	return l
-}
-
-// wants decides whether a record about traffic is written; always = whatever the sampling.
-func (l *logger) wants(level slog.Level, always bool) bool {
-	share, named := l.cfg.LogSample[level]
-	return l.process.Enabled(context.Background(), level) && (always || !named || rand.Float64() < share)
-}
-
-// debug records that a connection opened or closed.
-func (l *logger) debug(msg string, client netip.Addr) {
-	if l.wants(slog.LevelDebug, false) {
-		l.process.Debug(msg, logClient, client.String())
-	}
-}
-
 // record writes the one record of an exchange: info when served or given up by the client, warn when refused or not possible.
 func (x *summary) record(f *failure) {
 	level, msg := slog.LevelInfo, "request"
@@ -2827,7 +2838,8 @@ func (x *summary) record(f *failure) {
 	} else if f != nil && f.token != tokenClient {
 		level = slog.LevelWarn
 	}
-	if log := x.srv.log; log.wants(level, x.first) {
+	x.srv.metrics.count(x, f)
+	if log := x.srv.log; log.wants(level, x.luck, x.first) {
 		x.describe(f)
 		r := slog.NewRecord(x.end, level, msg, 0)
 		r.AddAttrs(slog.Attr{Value: slog.GroupValue(x.attrs...)}) // a group without a name stands for its members, uncopied
@@ -2866,105 +2878,13 @@ func (x *summary) describe(f *failure) {
 		slog.Float64(logDuration, milliseconds(x.end.Sub(x.start))))
 	if f != nil {
 		add(logType, f.token)
-		add(logMessage, f.text)
-		if f.cause != nil {
-			x.attrs[len(x.attrs)-1] = slog.String(logMessage, f.text+": "+f.cause.Error())
-		}
+		add(logMessage, f.logged())
 	}
 	add(logClose, x.closed)
 	add(logTrace, x.trace)
 }
 
 func milliseconds(d time.Duration) float64 { return math.Round(d.Seconds()*1e6) / 1e3 }
-
-// Write takes one encoded record. It never blocks.
-func (l *logger) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.records < l.cfg.LogBuffer {
-		l.waiting = append(l.waiting, p...)
-		l.records++
-	} else if l.dropped++; l.dropped == 1 {
-		time.AfterFunc(time.Second, l.work.Signal)
-	}
-	l.work.Signal()
-	return len(p), nil
-}
-
-// drain writes until the logger is closed and nothing waits. After a write more may come for a while: a write(2) for each record
-// would double what it costs.
-func (l *logger) drain() {
-	defer close(l.done)
-	batch, said := []byte{}, time.Time{}
-	owes := func() bool { return l.dropped > 0 && (l.closed || time.Since(said) >= time.Second) } // so it says once a second at most
-	for closed := false; !closed; time.Sleep(time.Millisecond) {
-		l.mu.Lock()
-		for len(l.waiting) == 0 && !l.closed && !owes() {
-			l.work.Wait()
-		}
-		batch, l.waiting, closed = l.waiting, batch[:0], l.closed
-		count, dropped := l.records, 0
-		if owes() {
-			dropped, l.dropped, said = l.dropped, 0, time.Now()
-		}
-		l.mu.Unlock()
-		l.out.Write(batch) // a stdout that is gone is no reason to stop
-		if dropped > 0 {
-			l.direct.Warn("log records dropped", "count", dropped)
-		}
-		l.mu.Lock()
-		l.records -= count
-		l.mu.Unlock()
-	}
-}
-
-// close has drain write what is left, and waits for that while patience lasts.
-func (l *logger) close(patience time.Duration) {
-	l.mu.Lock()
-	l.closed = true
-	l.mu.Unlock()
-	l.work.Signal()
-	select {
-	case <-l.done:
-	case <-time.After(patience):
-	}
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Admin
-
-// newAdmin serves what orchestrators ask. It is never served on LISTEN.
-func newAdmin(s *server) *http.Server {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok\n") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if s.draining.Load() {
-			w.WriteHeader(http.StatusServiceUnavailable)
-		}
-		fmt.Fprintln(w, map[bool]string{false: "ready", true: "draining"}[s.draining.Load()])
-	})
-	mux.HandleFunc("POST /drain", func(w http.ResponseWriter, _ *http.Request) { s.stop(); w.WriteHeader(http.StatusAccepted) })
-	return &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
-		ErrorLog: slog.NewLogLogger(s.log.process.Handler(), slog.LevelDebug)}
-}
-
-// askHealth asks a running Sluice, found by the same environment, whether it is ready.
-func askHealth(environ []string) error {
-	cfg, _, err := loadConfig(environ)
-	if err != nil {
-		return err
-	}
-	if cfg.Admin == "off" {
-		return errors.New("SLUICE_ADMIN is off: there is nobody to ask")
-	}
-	// Not http.DefaultTransport: HTTP_PROXY may well name the proxy that is asked about.
-	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{}}
-	resp, err := client.Head("http://" + cfg.Admin + "/readyz") // no host, or an unspecified one, is this host to net.Dial
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("not ready: %s", resp.Status)
-	}
-	return err
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Platform contract
@@ -2976,7 +2896,8 @@ func askHealth(environ []string) error {
 //	sockets                      what they need; close frees what is kept
 //	stream                       a connection: the methods of *net.TCPConn that are used
 //	(*server).dial(ctx, addrs)   connects to the first address that answers, until ctx ends; an error is a *net.OpError, with that of ctx
-//	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, sets the heap's limit, checks (TUNE=apply: writes) sysctls, and warns of what falls short
+//	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, sets the heap's limit, checks (TUNE=apply: writes) sysctls, warns of what falls short and
+//	                             gives that as []finding, nil where nothing was checked
 //	openFiles() int              the descriptor limit in force, 0 where there is none
 //	(*server).watchMemory(ctx)   lets idle connections go and sets limits.full while memory is short, until ctx ends; elsewhere not
 //	connLimit() int              how many client connections descriptors and memory are enough for, 0 where that is not known
@@ -2984,7 +2905,7 @@ func askHealth(environ []string) error {
 //	                             hung up, perhaps more than once, until remove; elsewhere never
 //	(*client).graceLocked        has a client abandoned whose sending side is closed, unless it takes what it is sent; elsewhere not
 //	pool                         keeps idle connections to origins by host and port: newPool(cfg), get(key, now, careful), put(up, now),
-//	                             close(); elsewhere none, since it cannot be told there whether an idle one is dead
+//	                             size(), close(); elsewhere none, since it cannot be told there whether an idle one is dead
 //	wireIO                       what a wire needs for these:
 //	(*wire).fill                 reads once, into what room there is or is made; an error only when nothing was read
 //	(*wire).readWithin           sets the time for the next bytes, as readBy does, from a given one on. It may fire early

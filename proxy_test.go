@@ -31,6 +31,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -46,6 +47,9 @@ import (
 
 	chunks "github.com/Shopify/toxiproxy/v2/stream"
 	"github.com/Shopify/toxiproxy/v2/toxics"
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
 	"golang.org/x/crypto/bcrypt"
 	"golang.org/x/net/dns/dnsmessage"
 )
@@ -54,6 +58,8 @@ import (
 // received out. They follow the order of proxy.go's sections.
 
 var update = flag.Bool("update", false, "rewrite the README's table of variables")
+
+var screenshots = flag.String("screenshots", "", "keep a picture of the status page in this directory")
 
 // patience bounds every wait of a test; what takes longer has failed.
 const patience = 5 * time.Second
@@ -683,7 +689,7 @@ func openPipes() (n int) {
 func TestTidy(t *testing.T) {
 	fset := token.NewFileSet()
 	variables := 0
-	for _, name := range []string{"proxy.go", "tune_linux.go", "tune_other.go"} {
+	for _, name := range []string{"proxy.go", "observe.go", "tune_linux.go", "tune_other.go"} {
 		file, err := parser.ParseFile(fset, name, nil, 0)
 		if err != nil {
 			t.Fatal(err)
@@ -1962,7 +1968,7 @@ func TestContacts(t *testing.T) {
 
 // What the drain says can be pasted: it allows what was seen and nothing else. It is bounded.
 func TestContactsArePasteReady(t *testing.T) {
-	c := contacts{keys: map[string]bool{}}
+	c := contacts{keys: map[string]*atomic.Int64{}}
 	var d destination
 	firsts := 0
 	for i := range 2 * 1000 {
@@ -1970,16 +1976,16 @@ func TestContactsArePasteReady(t *testing.T) {
 		if err := d.parse(fmt.Appendf(nil, "host-%d.test:%d", i%(1000+5), 80+i%2), 0); err != nil {
 			t.Fatal(err)
 		}
-		if c.first(&d) {
+		if isNew, _ := c.first(&d); isNew {
 			firsts++
 		}
 	}
-	everything := contacts{keys: map[string]bool{}, all: true}
+	everything := contacts{keys: map[string]*atomic.Int64{}, all: true}
 	for range 2 {
 		for i := range 1005 {
 			d = destination{}
 			d.parse(fmt.Appendf(nil, "host-%d.test:80", i), 0)
-			if first := everything.first(&d); len(everything.keys) == 1000 && i > 1000 && !first {
+			if first, _ := everything.first(&d); len(everything.keys) == 1000 && i > 1000 && !first {
 				t.Errorf("host-%d is not told of", i)
 			}
 		}
@@ -1987,7 +1993,7 @@ func TestContactsArePasteReady(t *testing.T) {
 	if firsts != 1000 || len(c.keys) != 1000 || c.more == 0 {
 		t.Errorf("%d first contacts, %d kept, %d more", firsts, len(c.keys), c.more)
 	}
-	c = contacts{keys: map[string]bool{}}
+	c = contacts{keys: map[string]*atomic.Int64{}}
 	seen := []string{"a.test:80", "[2001:db8::1]:443", "192.0.2.1:8080", "xn--bcher-kva.test:443"}
 	for _, authority := range seen {
 		d = destination{}
@@ -6690,6 +6696,622 @@ func TestBlockedStdout(t *testing.T) {
 	}
 }
 
+// Records of one connection share a decision: a connection whose opening is told of is one whose end is told of, too.
+func TestLogSampleSharesADecision(t *testing.T) {
+	p := startProxy(t, "LOG_SAMPLE=debug=0.5")
+	for i := range 200 { // one after the other, so that records tell whose they are
+		c := p.dial(t)
+		c.Close()
+		eventually(t, "the connection's end", func() bool {
+			return p.metric(t, "sluice_client_connections") == 0 && p.metric(t, "sluice_client_connections_total") == float64(i+1)
+		})
+	}
+	opened := map[bool]int{}
+	records := p.log.records(t)
+	for i, r := range records {
+		if r["msg"] == "client connected" {
+			next := i+1 < len(records) && records[i+1]["msg"] == "client closed"
+			opened[next]++
+		}
+	}
+	if opened[false] > 0 || opened[true] < 60 || opened[true] > 140 {
+		t.Errorf("%d connections have both records, %d lack the second", opened[true], opened[false])
+	}
+	if sampled := p.metric(t, `sluice_log_records_total{level="debug",result="sampled"}`); sampled != float64(400-2*opened[true]) {
+		t.Errorf("%v records were left out, of 400 of which %d were written", sampled, 2*opened[true])
+	}
+}
+
+// A record in CBOR says what it says in JSON, and in the same order.
+func TestLogsInCBOR(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	logs := map[string]string{}
+	for _, format := range []string{"json", "cbor"} {
+		var log logSink
+		p, stop := runProxy(t, &log, "LOG_FORMAT="+format, "LOG_LEVEL=debug", "DENY_HOSTS=denied.test")
+		p.dial(t).ask("GET", "http://"+origin+`/path"with"quotes=1?x`, "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+		p.dial(t).ask("GET", "http://denied.test/")
+		stop()
+		logs[format] = log.all()
+	}
+	var lines bytes.Buffer
+	if err := printLogs(strings.NewReader(logs["cbor"]), &lines); err != nil {
+		t.Fatal(err)
+	}
+	shapes := func(text string) (shapes []string) { // without what differs from run to run
+		for line := range strings.Lines(text) {
+			if !json.Valid([]byte(line)) {
+				t.Fatalf("not JSON: %q", line)
+			}
+			for _, varies := range []string{`"time":"[^"]*"`, `"duration_ms":[0-9.e-]+`, `"(admin|server.port)":[^,]*`, `"addresses":\["127[^,]*`, `127.0.0.1:\d+`, `=\d+"`} {
+				line = regexp.MustCompile(varies).ReplaceAllString(line, "…")
+			}
+			shapes = append(shapes, line)
+		}
+		slices.Sort(shapes) // of two connections
+		return shapes
+	}
+	if got, want := strings.Join(shapes(lines.String()), ""), strings.Join(shapes(logs["json"]), ""); got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	if size := len(logs["cbor"]); size >= len(logs["json"]) {
+		t.Errorf("CBOR takes %d bytes, JSON %d", size, len(logs["json"]))
+	}
+}
+
+// TestCBOR has the examples of RFC 8949, appendix A, and values that the encoder never makes.
+func TestCBOR(t *testing.T) {
+	for text, want := range map[string]string{"00": "0", "17": "23", "1818": "24", "1903e8": "1000", "1a000f4240": "1000000", "1b000000e8d4a51000": "1000000000000",
+		"1bffffffffffffffff": "18446744073709551615", "20": "-1", "3903e7": "-1000", "fb3ff199999999999a": "1.1", "fbc010666666666666": "-4.1", "f4": "false", "f5": "true", "f6": "null",
+		"60": `""`, "6449455446": `"IETF"`, "62c3bc": `"ü"`, "64f0908591": `"𐅑"`, "80": "[]", "83010203": "[1,2,3]", "a0": "{}", "a26161016162820203": `{"a":1,"b":[2,3]}`,
+		"9fff": "[]", "9f018202039f0405ffff": "[1,[2,3],[4,5]]", "bf61610161629f0203ffff": `{"a":1,"b":[2,3]}`, "826161bf61626163ff": `["a",{"b":"c"}]`} {
+		data, _ := hex.DecodeString(text)
+		if got, err := appendJSON(nil, bufio.NewReader(bytes.NewReader(data)), 8); err != nil || string(got) != want {
+			t.Errorf("%s: got %s, %v, want %s", text, got, err, want)
+		}
+		for cut := range data { // a sequence may end anywhere
+			if got, err := appendJSON(nil, bufio.NewReader(bytes.NewReader(data[:cut])), 8); err == nil {
+				t.Errorf("%s up to byte %d: got %s", text, cut, got)
+			}
+		}
+	}
+	for _, text := range []string{"1c", "ff", "f7", "40", "c074", "3bffffffffffffffff", "7f6161ff", "7bffffffffffffffff", "7a00200000", "a10102", "fb7ff8000000000000", strings.Repeat("81", 9) + "00"} {
+		data, _ := hex.DecodeString(text)
+		if got, err := appendJSON(nil, bufio.NewReader(bytes.NewReader(data)), 8); err == nil {
+			t.Errorf("%s: got %s", text, got)
+		}
+	}
+	for text, a := range map[string]slog.Attr{"61611bffffffffffffffff": slog.Uint64("a", math.MaxUint64), "61613b7fffffffffffffff": slog.Int64("a", math.MinInt64), "616120": slog.Duration("a", -1),
+		"61611903e8": slog.Int("a", 1000), "6161f5": slog.Bool("a", true), "6161fb3ff199999999999a": slog.Float64("a", 1.1), "616163efbfbd": slog.String("a", "\xff"),
+		"6161816131": slog.Any("a", []int{1}), "616100626262f4": slog.Group("", slog.Int("a", 0), slog.Bool("bb", false)), "61617818": slog.String("a", strings.Repeat("x", 24))} {
+		if got := hex.EncodeToString(appendCBOR(nil, a)); !strings.HasPrefix(got, text) || len(got) != len(text) && len(a.Value.String()) < 24 {
+			t.Errorf("%v: got %s, want %s", a, got, text)
+		}
+	}
+}
+
+// FuzzCBOR never panics, and what it takes is JSON.
+func FuzzCBOR(f *testing.F) {
+	for _, seed := range []string{"bf6474696d6561316563636f756e7401ff", "9f018202039f0405ffff", "fb7ff8000000000000"} {
+		data, _ := hex.DecodeString(seed)
+		f.Add(data)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var lines bytes.Buffer
+		printLogs(bytes.NewReader(data), &lines)
+		for line := range strings.Lines(lines.String()) {
+			if strings.HasSuffix(line, "\n") && !json.Valid([]byte(line)) {
+				t.Errorf("%x: %q", data, line)
+			}
+		}
+	})
+}
+
+// The command reads what a container's log is piped to it.
+func TestLogsCommand(t *testing.T) {
+	binary := buildBinary(t)
+	cmd := exec.Command(binary, "logs")
+	data, _ := hex.DecodeString("bf636d73676161ff" + "bf636d73676162ff")
+	cmd.Stdin = bytes.NewReader(data)
+	if out, err := cmd.Output(); err != nil || string(out) != "{\"msg\":\"a\"}\n{\"msg\":\"b\"}\n" {
+		t.Errorf("%q, %v", out, err)
+	}
+	cmd = exec.Command(binary, "logs")
+	cmd.Stdin = bytes.NewReader(data[:12])
+	if out, err := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != 1 || !strings.HasPrefix(string(out), "{\"msg\":\"a\"}\n") || !strings.Contains(string(out), "not CBOR logs") {
+		t.Errorf("cut short: %q, %v", out, err)
+	}
+}
+
+// A panic that ends the process does not take along what waits to be written.
+func TestLastWords(t *testing.T) {
+	var out logSink
+	log := newLogger(&config{LogBuffer: 100, LogFormat: "json"}, &out)
+	again := func() (p any) {
+		defer func() { p = recover() }()
+		defer log.lastWords()
+		log.process.Info("before")
+		panic("on purpose")
+	}()
+	records := out.records(t)
+	if again != "on purpose" || len(records) != 2 || records[0]["msg"] != "before" || records[1]["error.message"] != "on purpose" {
+		t.Errorf("panic %v, records %v", again, records)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Metrics
+
+// scrape asks for the metrics in Prometheus's text format, series by name and labels.
+func (p *testProxy) scrape(t *testing.T) (series map[string]float64, text string) {
+	t.Helper()
+	resp, err := http.Get("http://" + p.admin + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	defer http.DefaultClient.CloseIdleConnections()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != 200 {
+		t.Fatal(resp.Status, err)
+	}
+	series = map[string]float64{}
+	for line := range strings.Lines(string(body)) {
+		if i := strings.LastIndexByte(line, ' '); !strings.HasPrefix(line, "#") && i > 0 {
+			if series[line[:i]], err = strconv.ParseFloat(strings.TrimSpace(line[i:]), 64); err != nil {
+				t.Errorf("%q: %v", line, err)
+			}
+		}
+	}
+	return series, string(body)
+}
+
+func (p *testProxy) metric(t *testing.T, name string) float64 {
+	t.Helper()
+	series, _ := p.scrape(t)
+	return series[name]
+}
+
+// After known traffic every series has the value that it must have, and there are no others.
+func TestMetrics(t *testing.T) {
+	o, refusing := startOrigin(t), freeAddr(t)
+	p := startProxy(t, "LOG_LEVEL=info", "LOG_SAMPLE=info=0", "DENY_HOSTS=denied.test", "DNS_SERVERS="+freeAddr(t), "MAX_CONNS=50", "MAX_CONNS_PER_CLIENT=2", "MAX_TUNNELS=7")
+	open := func(n float64) {
+		eventually(t, "connections to end", func() bool { return p.metric(t, "sluice_client_connections") == n })
+	}
+	down := 3 // bytes of bodies; these come through the tunnel
+	read := func(c *peer) {
+		_, body := c.response("GET")
+		down += len(body)
+	}
+	c := p.dial(t)
+	var up *peer
+	for i := range 3 { // three requests over one connection to the origin
+		c.send("POST http://%s/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", o.addr)
+		if i == 0 {
+			up = o.accept()
+		}
+		up.head()
+		up.wants("hello")
+		up.send(plainAnswer)
+		read(c)
+	}
+	for range 2 { // and two over one each
+		c.send("GET http://localhost%s/ HTTP/1.1\r\nHost: x\r\n\r\n", o.addr[strings.LastIndexByte(o.addr, ':'):])
+		once := o.accept()
+		once.head()
+		once.send("HTTP/1.1 299 Odd\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi")
+		read(c)
+	}
+	for _, target := range []string{"http://denied.test/", "http://169.254.1.1/", "http://" + refusing + "/", "http://missing.test/"} {
+		c.send("%s", request("GET", target))
+		read(c)
+	}
+	c.send("%s", request("HACK", "http://denied.test/"))
+	read(c)
+	bad := p.dial(t)
+	bad.send("%s", request("GET", "/metrics")) // not for clients
+	read(bad)
+	bad.Close()
+	open(1)
+	client, origin := p.openTunnel(t, o)
+	client.send("12345")
+	origin.wants("12345")
+	origin.send("123")
+	client.wants("123")
+	series, _ := p.scrape(t)
+	if series["sluice_tunnels"] != 1 || series[`sluice_requests_total{code="200",method="CONNECT",reason=""}`] != 1 || series["sluice_pool_active_connections"] != 0 {
+		t.Error("an open tunnel is not counted as one")
+	}
+	read(p.dial(t)) // a third connection of one address
+	client.Close()
+	origin.wantsEnd()
+	origin.Close()
+	open(1)
+	eventually(t, "the last request to be counted", func() bool { return p.metric(t, "sluice_request_duration_seconds_count") == 11 })
+
+	series, text := p.scrape(t)
+	want := map[string]float64{
+		`requests_total{code="200",method="POST",reason=""}`:                         3,
+		`requests_total{code="2xx",method="GET",reason=""}`:                          2,
+		`requests_total{code="403",method="GET",reason="http_request_denied"}`:       1,
+		`requests_total{code="403",method="GET",reason="destination_ip_prohibited"}`: 1,
+		`requests_total{code="502",method="GET",reason="connection_refused"}`:        1,
+		`requests_total{code="502",method="GET",reason="dns_error"}`:                 1,
+		`requests_total{code="403",method="OTHER",reason="http_request_denied"}`:     1,
+		`requests_total{code="400",method="GET",reason="http_request_error"}`:        1,
+		`requests_total{code="200",method="CONNECT",reason=""}`:                      1,
+		"request_duration_seconds_count":                                             11,
+		"response_wait_seconds_count":                                                5,
+		"connect_duration_seconds_count":                                             4,
+		"client_connections":                                                         1,
+		"client_connections_limit":                                                   50,
+		"client_connections_total":                                                   4,
+		`client_connections_rejected_total{reason="connection_limit_reached"}`:       1,
+		`client_connections_rejected_total{reason="http_request_denied"}`:            0,
+		"tunnels":                                          0,
+		"tunnels_limit":                                    7,
+		`tunnels_total{reason="client_closed"}`:            1,
+		"tunnel_duration_seconds_count":                    1,
+		`bytes_total{direction="up"}`:                      20,
+		`bytes_total{direction="down"}`:                    float64(down),
+		"pool_idle_connections":                            1,
+		"pool_active_connections":                          0,
+		`pool_requests_total{result="reused"}`:             2,
+		`pool_requests_total{result="dialled"}`:            3,
+		`dns_lookups_total{result="hit"}`:                  1,
+		`dns_lookups_total{result="miss"}`:                 1,
+		`dns_lookups_total{result="stale"}`:                0,
+		`dns_lookups_total{result="error"}`:                1,
+		`denied_total{reason="http_request_denied"}`:       2,
+		`denied_total{reason="destination_ip_prohibited"}`: 1,
+		"panics_total":                                     0,
+		"ready":                                            1,
+		`log_records_total{level="info",result="sampled"}`: 4, // and two that are first contacts
+		fmt.Sprintf("build_info{goversion=%q,version=\"dev\"}", runtime.Version()): 1,
+	}
+	for _, level := range []string{"debug", "info", "warn", "error"} {
+		for _, result := range []string{"sampled", "written", "dropped"} {
+			name := fmt.Sprintf("log_records_total{level=%q,result=%q}", level, result)
+			want[name] += map[string]float64{"infowritten": 3, "warnwritten": 7}[level+result]
+		}
+	}
+	for _, reason := range []string{"upstream_closed", "idle_timeout", "half_close_timeout", "max_age", "drain", "connection_error", "internal_error"} {
+		want[fmt.Sprintf("tunnels_total{reason=%q}", reason)] = 0
+	}
+	if runtime.GOOS != "linux" { // no pool
+		want["pool_idle_connections"], want[`pool_requests_total{result="reused"}`] = 0, 0
+	}
+	for name, n := range want {
+		if got, ok := series["sluice_"+name]; !ok || got != n {
+			t.Errorf("%s: got %v (%v), want %v", name, got, ok, n)
+		}
+	}
+	for name := range series {
+		base, _, _ := strings.Cut(name, "{")
+		if _, known := want[strings.TrimPrefix(name, "sluice_")]; !known && strings.HasPrefix(name, "sluice_") && !strings.HasSuffix(base, "_bucket") && !strings.HasSuffix(base, "_sum") {
+			t.Errorf("%s %v is not expected", name, series[name])
+		}
+	}
+	for _, name := range []string{"go_goroutines", "process_open_fds", "process_resident_memory_bytes", `sluice_request_duration_seconds_bucket{le="0.005"}`} {
+		if series[name] == 0 {
+			t.Errorf("%s is missing", name)
+		}
+	}
+	problems, err := promlint.New(strings.NewReader(text)).Lint()
+	if err != nil || len(problems) > 0 {
+		t.Errorf("promlint: %v, %v", problems, err)
+	}
+}
+
+// Native histograms go to scrapers that take them, in the protobuf format.
+func TestNativeHistograms(t *testing.T) {
+	p := startProxy(t)
+	p.dial(t).ask("OPTIONS", "http://any.test", "Max-Forwards: 0")
+	p.awaitServed(t, 0)
+	req, _ := http.NewRequest("GET", "http://"+p.admin+"/metrics", nil)
+	req.Header.Set("Accept", "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited")
+	resp, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	for dec := expfmt.NewDecoder(resp.Body, expfmt.ResponseFormat(resp.Header)); ; {
+		var f dto.MetricFamily
+		if err := dec.Decode(&f); err != nil {
+			t.Fatal("the histogram is missing: ", err)
+		}
+		if f.GetName() == "sluice_request_duration_seconds" {
+			if h := f.Metric[0].Histogram; len(h.PositiveSpan) != 1 || h.GetSampleCount() != 1 || h.GetSchema() < 3 {
+				t.Errorf("%v", h)
+			}
+			return
+		}
+	}
+}
+
+// Hostile clients and origins do not make series without end.
+func TestSeriesAreBounded(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
+		status, _ := strconv.Atoi(r.URL.Path[1:])
+		w.WriteHeader(status)
+	})
+	p := startProxy(t, "LOG_LEVEL=info", "LOG_SAMPLE=info=0,warn=0", "DENY_HOSTS=.test")
+	c := p.dial(t)
+	for status := 200; status < 1000; status++ {
+		c.send("GET http://%s/%d HTTP/1.1\r\nHost: a\r\n\r\n", origin, status)
+		c.response("GET")
+	}
+	for i := range 300 {
+		for _, method := range []string{"M" + strconv.Itoa(i), "GET" + strings.Repeat("'", 1+i), "get"} {
+			c.send("%s", request(method, fmt.Sprintf("http://name-%d.test:%d/", i, 1+i)))
+			c.response("GET")
+		}
+	}
+	n := 0
+	eventually(t, "900 requests with methods that are not registered", func() bool {
+		var other float64
+		series, _ := p.scrape(t)
+		n = 0
+		for name, v := range series {
+			if strings.HasPrefix(name, "sluice_requests_total") {
+				if n++; strings.Contains(name, `method="OTHER"`) {
+					other += v
+				}
+			}
+		}
+		return other == 900
+	})
+	if n > 90 {
+		t.Errorf("%d series of requests_total", n)
+	}
+	for method, want := range map[string]string{"": "OTHER", "GET": "GET", "PROPFIND": "PROPFIND", "ETAG": "OTHER", "get": "OTHER", "VERSION-CONTROL": "VERSION-CONTROL"} {
+		if got := methodLabel(method); got != want {
+			t.Errorf("%q: %s", method, got)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Admin
+
+// adminGet asks the admin listener, as host, with further fields as "Name: value".
+func (p *testProxy) adminGet(t *testing.T, method, path, host string, fields ...string) (*http.Response, string) {
+	t.Helper()
+	c, err := net.Dial("tcp", p.admin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	a := newPeer(t, c)
+	a.send("%s %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n%s\r\n", method, path, host, strings.Join(append(fields, ""), "\r\n"))
+	return a.response(method)
+}
+
+// Web pages in a browser on this host get nothing out of the admin listener, and cannot begin the drain.
+func TestAdminKeepsWebPagesOut(t *testing.T) {
+	p := startProxy(t)
+	for host, want := range map[string]int{p.admin: 200, "localhost:3129": 200, "localhost": 200, "[::1]:3129": 200, "10.0.0.1": 200, "rebound.example:3129": 421, "rebound.example": 421, "127.0.0.1.example": 421} {
+		for _, path := range []string{"/status.json", "/metrics", "/", "/debug/pprof/", "/healthz"} {
+			if resp, _ := p.adminGet(t, "GET", path, host); resp.StatusCode != want {
+				t.Errorf("%s as %s: %s, want %d", path, host, resp.Status, want)
+			}
+		}
+	}
+	for _, fields := range [][]string{{"Sec-Fetch-Site: cross-site"}, {"Origin: http://evil.example"}} {
+		if resp, _ := p.adminGet(t, "POST", "/drain", p.admin, append(fields, "Content-Length: 0")...); resp.StatusCode != 403 {
+			t.Errorf("%v: %s", fields, resp.Status)
+		}
+	}
+	if resp, _ := p.adminGet(t, "GET", "/readyz", p.admin); resp.StatusCode != 200 {
+		t.Errorf("draining: %s", resp.Status)
+	}
+	if resp, _ := p.adminGet(t, "POST", "/drain", p.admin, "Content-Length: 0"); resp.StatusCode != 202 {
+		t.Errorf("a plain client: %s", resp.Status)
+	}
+}
+
+// What ADMIN serves is not to be had on LISTEN, by whatever way.
+func TestAdminIsNotOnListen(t *testing.T) {
+	p := startProxy(t)
+	for _, path := range []string{"/healthz", "/readyz", "/metrics", "/status.json", "/debug/pprof/"} {
+		p.dial(t).ask("GET", path)
+		for _, target := range []string{path, "http://" + p.addr + path, "http://" + p.admin + path} {
+			if resp, body := p.dial(t).ask("GET", target); resp.StatusCode != 400 && resp.StatusCode != 502 {
+				t.Errorf("%s: %s %q", target, resp.Status, body)
+			}
+		}
+	}
+}
+
+func TestProfiles(t *testing.T) {
+	p := startProxy(t)
+	for path, want := range map[string]string{"/debug/pprof/": "goroutine", "/debug/pprof/goroutine?debug=2": "sluice.run", "/debug/pprof/cmdline": "test", "/debug/pprof/heap?debug=1": "heap profile",
+		"/debug/pprof/symbol": "num_symbols", "/debug/pprof/profile?seconds=1": "\x1f\x8b", "/debug/pprof/trace?seconds=0.1": "go 1."} {
+		if resp, body := p.adminGet(t, "GET", path, p.admin); resp.StatusCode != 200 || !strings.Contains(body, want) {
+			t.Errorf("%s: %s, %.200q", path, resp.Status, body)
+		}
+	}
+}
+
+// TestStatus has what the status page is made of.
+func TestStatus(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	p := startProxy(t, "DENY_HOSTS=.denied.test", "USERS=ann:s3cret", "LOG_LEVEL=info")
+	c := p.dial(t)
+	ann := "Proxy-Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte("ann:s3cret"))
+	for range 3 {
+		c.ask("GET", "http://"+origin+"/", ann)
+	}
+	for i := range 25 {
+		c.ask("GET", fmt.Sprintf("http://host-%d.denied.test/?q=s3cret", i), ann)
+	}
+	c.ask("M'<script>", "http://x.denied.test/", ann) // not a token: 400
+	p.awaitServed(t, 28)
+	var s struct {
+		Name, Version, State, Mode string
+		Started, Now               time.Time
+		Metrics                    []*dto.MetricFamily
+		History                    []sample
+		Failures                   []failed
+		Destinations               []visits
+		Kernel                     []finding
+		Config                     []setting
+	}
+	resp, body := p.adminGet(t, "GET", "/status.json", p.admin)
+	if err := json.Unmarshal([]byte(body), &s); err != nil || resp.Header.Get("Content-Type") != "application/json" {
+		t.Fatalf("%v in %.500s", err, body)
+	}
+	if s.Name != "sluice-test" || s.State != "ready" || s.Mode != "enforce" || s.Version != "dev" || s.Now.Before(s.Started) || len(s.History) == 0 || len(s.Metrics) < 20 {
+		t.Errorf("%.1000s", body)
+	}
+	if want := []visits{{origin, 3}}; !slices.Equal(s.Destinations, want) {
+		t.Errorf("destinations %v, want %v", s.Destinations, want)
+	}
+	if n := len(s.Failures); n != 20 {
+		t.Fatalf("%d failures", n)
+	}
+	last, before := s.Failures[0], s.Failures[1]
+	if last.Status != 400 || last.Type != tokenRequest || before.Server != "host-24.denied.test" || before.User != "ann" || before.Method != "GET" || before.Port != 80 ||
+		before.Status != 403 || before.Type != tokenDenied || !strings.Contains(before.Message, "SLUICE_DENY_HOSTS") || before.Client != "127.0.0.1" {
+		t.Errorf("%+v\n%+v", last, before)
+	}
+	if strings.Contains(body, "s3cret") {
+		t.Error("a secret is shown")
+	}
+	if i := slices.IndexFunc(s.Config, func(c setting) bool { return c.Name == "SLUICE_USERS" }); i < 0 || s.Config[i].Value != "(redacted)" || s.Config[i].Origin != "environment" || len(s.Config) != len(variables()) {
+		t.Errorf("%+v", s.Config)
+	}
+}
+
+// statusPage has headless Chromium show the status page of url for a while, and gives the document that came of it.
+func statusPage(t *testing.T, url string, args ...string) string {
+	t.Helper()
+	chromium, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Skip("there is no chromium")
+	}
+	cmd := exec.Command(chromium, append([]string{"--headless=new", "--no-sandbox", "--disable-gpu", "--user-data-dir=" + t.TempDir(), "--timeout=20000", "--virtual-time-budget=5000", "--dump-dom"}, append(args, url)...)...)
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return string(out)
+}
+
+// What hostile clients choose is shown as text: the page runs no script but its own. Should the page fail at that, the policy it is served with
+// holds the script back; so here it is served without.
+func TestStatusPageShowsTextAlone(t *testing.T) {
+	const hostile = `<img src=x onerror="document.title='owned'"><script>document.title='owned'</script>"'><b id=owned>`
+	page, _ := files.ReadFile("status.html")
+	status, _ := json.Marshal(map[string]any{"name": hostile, "version": hostile, "started": time.Now(), "now": time.Now(), "state": hostile, "mode": hostile,
+		"metrics":      []any{map[string]any{"name": "sluice_requests_total", "metric": []any{map[string]any{"label": []any{map[string]any{"name": "reason", "value": hostile}, map[string]any{"name": "method", "value": hostile}, map[string]any{"name": "code", "value": hostile}}, "counter": map[string]any{"value": 5}}}}},
+		"failures":     []failed{{time.Now(), hostile, hostile, hostile, hostile, 1, 403, hostile, hostile}},
+		"destinations": []visits{{hostile, 5}}, "kernel": []finding{{hostile, hostile, hostile, hostile, hostile}}, "config": []setting{{hostile, hostile, hostile, hostile, hostile}}})
+	url := "http://" + serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/status.json" {
+			w.Write(status)
+		} else {
+			w.Write(page)
+		}
+	})
+	shown := statusPage(t, url)
+	if strings.Contains(shown, "<title>owned") || strings.Contains(shown, "<img") || strings.Contains(shown, "<b id") {
+		t.Errorf("a script ran, or an element came of a text: %s", shown)
+	}
+	if n := strings.Count(shown, "&lt;img src=x onerror"); n < 8 || !strings.Contains(shown, "data-polls=") {
+		t.Errorf("the hostile text is shown %d times: %s", n, shown)
+	}
+}
+
+// The page of a running proxy shows what the proxy did. With -screenshots DIR it is kept as a picture.
+func TestStatusPage(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	p := startProxy(t, "DENY_HOSTS=.denied.test", "LOG_LEVEL=info")
+	c := p.dial(t)
+	for range 50 {
+		c.ask("GET", "http://"+origin+"/")
+	}
+	c.ask("GET", "http://api.denied.test/")
+	p.awaitServed(t, 50)
+	args := []string{}
+	if *screenshots != "" {
+		args = append(args, "--window-size=1280,1700", "--screenshot="+filepath.Join(*screenshots, "status.png"))
+	}
+	shown := statusPage(t, "http://"+p.admin+"/", args...)
+	for _, want := range []string{"sluice-test", "api.denied.test", "SLUICE_DENY_HOSTS", origin, "http_request_denied", "data-polls="} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("the page does not show %q: %.3000s", want, shown)
+		}
+	}
+	resp, body := p.adminGet(t, "GET", "/", p.admin)
+	if policy := resp.Header.Get("Content-Security-Policy"); !strings.Contains(policy, "default-src 'none'") || !strings.Contains(policy, "script-src 'sha256-") {
+		t.Errorf("Content-Security-Policy: %s", policy)
+	}
+	for _, outside := range []string{"http://", "https://", "src=", "@import", "url("} {
+		if text := strings.ReplaceAll(body, "http://www.w3.org/", ""); strings.Contains(text, outside) {
+			t.Errorf("the page has %q: it must not ask for anything outside", outside)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Deployment
+
+// The dashboard and the alerts ask for series that are exported, with labels that these have.
+func TestDeployedNames(t *testing.T) {
+	p := startProxy(t)
+	p.dial(t).ask("GET", "http://origin.test:1/")
+	p.awaitServed(t, 0)
+	resp, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Get("http://" + p.admin + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	families := map[string]*dto.MetricFamily{}
+	for dec := expfmt.NewDecoder(resp.Body, expfmt.ResponseFormat(resp.Header)); ; {
+		var f dto.MetricFamily
+		if dec.Decode(&f) != nil {
+			break
+		}
+		families[f.GetName()] = &f
+	}
+	used := map[string]bool{}
+	for _, name := range []string{"deploy/grafana.json", "deploy/prometheus-rules.yaml"} {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasSuffix(name, ".json") && !json.Valid(text) {
+			t.Errorf("%s is not JSON", name)
+		}
+		for _, m := range regexp.MustCompile(`\b((?:sluice|process|go)_[a-z_]+)(?:\{([^}]*)\})?`).FindAllStringSubmatch(string(text), -1) {
+			base := m[1]
+			for _, suffix := range []string{"_bucket", "_sum", "_count"} {
+				if f := families[strings.TrimSuffix(m[1], suffix)]; f != nil && f.GetType() == dto.MetricType_HISTOGRAM {
+					base = f.GetName()
+				}
+			}
+			f := families[base]
+			if f == nil {
+				t.Errorf("%s: %s is not exported", name, m[1])
+				continue
+			}
+			used[base] = true
+			for _, label := range regexp.MustCompile(`([a-z_]+)\s*(?:=|!)`).FindAllStringSubmatch(m[2], -1) {
+				if !slices.Contains([]string{"job", "instance"}, label[1]) && !slices.ContainsFunc(f.Metric[0].Label, func(l *dto.LabelPair) bool { return l.GetName() == label[1] }) {
+					t.Errorf("%s: %s has no label %s", name, m[1], label[1])
+				}
+			}
+		}
+	}
+	for name := range families {
+		if strings.HasPrefix(name, "sluice_") && !used[name] {
+			t.Errorf("%s stands on no panel and in no alert", name)
+		}
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Drain
 
@@ -7636,7 +8258,7 @@ func FuzzRequest(f *testing.F) {
 	} {
 		f.Add([]byte(seed))
 	}
-	s := &server{hop: []byte("fuzz\r\n"), cfg: &config{MaxHeader: 64 << 10, BodyTimeout: patience}, limits: limits{mostLarge: 1}}
+	s := &server{hop: []byte("fuzz\r\n"), cfg: &config{MaxHeader: 64 << 10, BodyTimeout: patience}, limits: limits{mostLarge: 1}, metrics: newTelemetry()}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c := &client{wire: memoryWire(s, data)}
 		x := &exchange{summary: summary{srv: s}}
@@ -7693,7 +8315,7 @@ func FuzzResponse(f *testing.F) {
 	} {
 		f.Add([]byte(seed))
 	}
-	s := &server{hop: []byte("fuzz\r\n"), cfg: &config{MaxHeader: 64 << 10, BodyTimeout: patience}, limits: limits{mostLarge: 1}}
+	s := &server{hop: []byte("fuzz\r\n"), cfg: &config{MaxHeader: 64 << 10, BodyTimeout: patience}, limits: limits{mostLarge: 1}, metrics: newTelemetry()}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		up := &upstream{wire: memoryWire(s, data)}
 		up.w = len(data)
@@ -8206,9 +8828,9 @@ func BenchmarkPolicy(b *testing.B) {
 }
 
 func BenchmarkRecord(b *testing.B) {
-	for name, share := range map[string]string{"kept": "info=1", "sampled out": "info=0"} {
+	for name, set := range map[string][]string{"json": nil, "cbor": {"LOG_FORMAT=cbor"}, "text": {"LOG_FORMAT=text"}, "sampled out": {"LOG_SAMPLE=info=0"}} {
 		b.Run(name, func(b *testing.B) {
-			s := testServer(b, "LOG_SAMPLE="+share)
+			s := testServer(b, set...)
 			c := &client{wire: memoryWire(s, cannedRequest("GET", "origin.test", "\r\n"))}
 			x := s.exchanges.Get().(*exchange)
 			x.begin(c)

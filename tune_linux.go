@@ -1048,6 +1048,12 @@ func (p *pool) remove(up *upstream) bool {
 	return i >= 0
 }
 
+func (p *pool) size() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return int64(p.idle)
+}
+
 func (p *pool) tooManyLocked(list *idleList) bool { return p.idle > p.limit || len(*list) > p.perHost }
 
 // expire closes connections that are idle for longer than POOL_IDLE_TIMEOUT, or for burstGrace where there are more than POOL_IDLE
@@ -1576,14 +1582,16 @@ func sysctls() []sysctl {
 }
 
 // tuneKernel raises the descriptor limit and checks the sysctls. With TUNE=apply it writes those that fall short first.
-func tuneKernel(cfg *config, log *slog.Logger) {
+func tuneKernel(cfg *config, log *slog.Logger) (short []finding) {
 	raiseFiles(cfg.NOFILE)
 	limitMemory(int64(cfg.MemoryLimit))
 	if cfg.Tune == "off" {
-		return
+		return nil
 	}
+	short = []finding{}
 	warn := func(setting, found, wanted, why, mend string) {
 		log.Warn("kernel setting falls short", "setting", setting, "found", found, "wanted", wanted, "why", why, "mend", mend)
+		short = append(short, finding{setting, found, wanted, why, mend})
 	}
 	if n := openFiles(); n < 65536 && (cfg.NOFILE == 0 || n < cfg.NOFILE) {
 		warn("RLIMIT_NOFILE", strconv.Itoa(n), "65536", "a tunnel needs two descriptors", "ulimits: {nofile: 65536}")
@@ -1602,6 +1610,7 @@ func tuneKernel(cfg *config, log *slog.Logger) {
 			warn(s.name, value, s.wanted, s.why, fmt.Sprintf("sysctls: {%s: %q}", s.name, s.wanted))
 		}
 	}
+	return short
 }
 
 func readSetting(path string) (string, error) {

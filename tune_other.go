@@ -74,10 +74,11 @@ func (s *server) dial(ctx context.Context, addrs []netip.AddrPort) (up *upstream
 	return nil, err
 }
 
-func tuneKernel(cfg *config, _ *slog.Logger) {
+func tuneKernel(cfg *config, _ *slog.Logger) []finding {
 	if cfg.MemoryLimit > 0 && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(int64(cfg.MemoryLimit))
 	}
+	return nil
 }
 
 func (s *server) watchMemory(context.Context) {}
@@ -90,6 +91,7 @@ type pool struct{}
 func newPool(*config) *pool                         { return &pool{} }
 func (*pool) get([]byte, time.Time, bool) *upstream { return nil }
 func (*pool) put(up *upstream, _ time.Time)         { up.close() }
+func (*pool) size() int64                           { return 0 }
 func (*pool) close()                                {}
 
 type watcher struct{}
