@@ -659,7 +659,12 @@ func newAdmin(s *server) *http.Server {
 		}
 		fmt.Fprintln(w, s.state())
 	})
-	mux.HandleFunc("POST /drain", func(w http.ResponseWriter, _ *http.Request) { s.stop(); w.WriteHeader(http.StatusAccepted) })
+	mux.HandleFunc("POST /drain", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", "0")
+		w.WriteHeader(http.StatusAccepted)
+		http.NewResponseController(w).Flush() // before the drain, at whose end this listener is closed
+		s.stop()
+	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 8}))
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)

@@ -205,7 +205,7 @@ type config struct {
 	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written; when full, new ones are dropped and counted, never waited for.
 	LogQuery               bool          `env:"LOG_QUERY" envDefault:"false"`                // Log query strings, in `url.query`. User info and credentials are never logged.
 	Tune                   string        `env:"TUNE" envDefault:"check"`                     // Kernel settings: `check` warns of those that fall short, `apply` also writes them where the container may, `off`.
-	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one. GOMEMLIMIT, where it is set, wins.
+	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one, but at least 12 MiB less than that. GOMEMLIMIT, where it is set, wins.
 	NOFILE                 int           `env:"NOFILE" envDefault:"0"`                       // Descriptor limit to ask for; 0 = the hard limit, at most 1,048,576.
 }
 
@@ -579,7 +579,7 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	s.names.answers, _ = lru.New[string, dnsAnswer](4096) // fails on sizes below 1 only
 	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
 	s.limits.tunnels.most, s.limits.hosts.most = cfg.MaxTunnels, cfg.MaxConnsPerHost
-	s.limits.mostLarge = max(1, debug.SetMemoryLimit(-1)/4/int64(cfg.MaxHeader))
+	s.limits.mostLarge = max(1, debug.SetMemoryLimit(-1)/8/int64(cfg.MaxHeader))
 	s.limits.rates = rates{limit: rate.Limit(cfg.Rate), burst: cmp.Or(cfg.RateBurst, 2*cfg.Rate)}
 	s.limits.rates.buckets, _ = lru.New[netip.Addr, *rate.Limiter](1 << 14) // of 200 bytes each
 	s.buffers.New = func() any { return new([bufferSize]byte) }
@@ -617,13 +617,13 @@ func (s *server) listen(ctx context.Context) error {
 	s.run(&s.behind, s.watcher.run)
 	s.run(&s.behind, func() { s.watchMemory(ctx) })
 	s.run(&s.behind, func() { s.metrics.remember(ctx) })
+	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
+		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "users", len(s.cfg.Users), "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
+		"max_conns", s.limits.conns.most, "memory_limit", debug.SetMemoryLimit(-1), "max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 	for _, l := range s.listeners {
 		s.run(&s.accepting, func() { s.accept(ctx, l) })
 	}
 	s.accepts.Store(true)
-	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
-		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "users", len(s.cfg.Users), "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
-		"max_conns", s.limits.conns.most, "memory_limit", debug.SetMemoryLimit(-1), "max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 	return nil
 }
 
@@ -699,6 +699,7 @@ type client struct {
 	counted  bool       // among limits.conns and limits.clients
 	watch    watched
 	idle     atomic.Bool // between requests
+	shut     atomic.Bool // by closeIdle: what looks like a hang-up is none
 	now      time.Time   // when the last request ended
 	left     *exchange   // a request that await has read and left
 	under    *exchange   // the request under way
@@ -788,14 +789,30 @@ func (c *client) leave(parked *bool) {
 	}
 	if p := recover(); p != nil {
 		c.srv.logPanic(p)
-		if x := c.under; x != nil && !c.detached {
+		x := c.under
+		if x != nil && !c.detached {
 			x.keep = false
 			x.conclude(fail(500, tokenInternal, "a fault of the proxy's own"))
 		}
-		c.sever()
+		if c.sever(); x != nil && !c.detached {
+			x.abort()
+		}
 	}
 	if !c.detached {
 		c.end()
+	}
+}
+
+// abort frees what a request held when it came to its panic, and the connection was closed.
+func (x *exchange) abort() {
+	if x.inTunnels {
+		x.srv.limits.tunnels.add(struct{}{}, -1)
+	}
+	if x.uploaded != nil {
+		<-x.uploaded
+	}
+	if up := x.c.upstream; up != nil {
+		up.close()
 	}
 }
 
@@ -807,13 +824,13 @@ func (s *server) logPanic(p any) {
 // end frees what the connection holds.
 func (c *client) end() {
 	c.srv.watcher.remove(&c.watch)
-	c.tcp.Close()
-	c.drop()
-	c.srv.clients.Delete(c)
-	if c.counted {
+	if c.counted { // before the client can tell: it may come again at once
 		c.srv.limits.conns.add(struct{}{}, -1)
 		c.srv.limits.clients.add(c.site, -1)
 	}
+	c.tcp.Close()
+	c.drop()
+	c.srv.clients.Delete(c)
 	c.srv.metrics.clients.Add(-1)
 	c.srv.log.debug("client closed", c)
 	c.srv.serving.Done()
@@ -821,7 +838,7 @@ func (c *client) end() {
 
 // closeIdle ends the wait of a connection that is between requests.
 func (c *client) closeIdle() {
-	if c.idle.CompareAndSwap(true, false) { // once: the watcher sees this as another hang-up
+	if c.idle.CompareAndSwap(true, false) && !c.shut.Swap(true) { // once: the watcher sees this as another hang-up
 		c.tcp.CloseRead()
 	}
 }
@@ -830,6 +847,10 @@ func (c *client) closeIdle() {
 func (c *client) abandon() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.abandonLocked()
+}
+
+func (c *client) abandonLocked() {
 	if c.giveUp != nil {
 		c.giveUp()
 	}
@@ -862,7 +883,9 @@ func (c *client) track(up *upstream, giveUp func(), t *tunnel) (severed bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.upstream, c.giveUp, c.tunnel, c.failed = up, giveUp, t, nil
-	if c.gone && (up != nil || giveUp != nil) {
+	if c.severed {
+		c.abandonLocked()
+	} else if c.gone && (up != nil || giveUp != nil) {
 		c.graceLocked()
 	}
 	return c.severed
@@ -915,7 +938,7 @@ type limits struct {
 	rates           rates
 	shedding, large atomic.Int64 // connections that are being shed; buffers that are larger than pooled ones
 	full            atomic.Bool  // there is no memory for more
-	mostLarge       int64        // of them, so that heads take a quarter of the memory limit
+	mostLarge       int64        // of them, so that heads, with what is made of them, take a quarter of the memory limit
 }
 
 // rates is how many requests client addresses may still make.
@@ -926,23 +949,23 @@ type rates struct {
 }
 
 // take takes one request off a site's allowance, or tells how long it must wait for that.
-func (r *rates) take(site netip.Addr, now time.Time) (wait time.Duration) {
+func (r *rates) take(site netip.Addr) (wait time.Duration) {
 	if r.limit == 0 {
 		return 0
 	}
+	now := time.Now() // not when the request began: an earlier time would turn the limiter's clock back
 	b, known := r.buckets.Get(site)
 	if !known {
-		for _, old, any := r.buckets.GetOldest(); any && old.TokensAt(now) >= float64(r.burst); _, old, any = r.buckets.GetOldest() {
-			r.buckets.RemoveOldest() // it is as good as new
+		for key, old, any := r.buckets.GetOldest(); any && old.TokensAt(now) >= float64(r.burst); key, old, any = r.buckets.GetOldest() {
+			r.buckets.Remove(key) // it is as good as new
 		}
 		b = rate.NewLimiter(r.limit, r.burst)
 		r.buckets.Add(site, b) // two first requests at one time may have one each, once
 	}
-	token := b.ReserveN(now, 1)
-	if wait = token.DelayFrom(now); wait > 0 {
-		token.CancelAt(now)
+	if b.AllowN(now, 1) { // a reservation that is cancelled is not given back whole if others were made meanwhile
+		return 0
 	}
-	return wait
+	return max(1, time.Duration((1-b.TokensAt(now))/float64(r.limit)*float64(time.Second)))
 }
 
 // enter counts a client connection in, or says why it must not be.
@@ -1425,6 +1448,7 @@ type exchange struct {
 	down              bodyWriter // sends respBody
 	failure           *failure   // why the request could not be read
 	begun             bool       // a byte of the final response is on its way
+	inTunnels         bool       // is counted in limits.tunnels
 	keep, lingers     bool       // the client connection serves another request; is closed with care, since unread bytes are about
 	truncated         bool       // the client is to be reset, since it could not tell otherwise
 
@@ -1446,11 +1470,11 @@ func (x *exchange) begin(c *client) {
 // serve handles one request that was read, up to its log record.
 func (x *exchange) serve() {
 	f := x.admit()
-	isTunnel := f == nil && (x.connect || x.upgrades())
+	x.inTunnels = f == nil && (x.connect || x.upgrades())
 	switch {
 	case f != nil:
-	case isTunnel && !x.srv.limits.tunnels.add(struct{}{}, 1):
-		f, isTunnel = fail(503, tokenLimit, "%d tunnels are open, as many as there may be (SLUICE_MAX_TUNNELS)", x.srv.cfg.MaxTunnels), false
+	case x.inTunnels && !x.srv.limits.tunnels.add(struct{}{}, 1):
+		f, x.inTunnels = fail(503, tokenLimit, "%d tunnels are open, as many as there may be (SLUICE_MAX_TUNNELS)", x.srv.cfg.MaxTunnels), false
 	case x.connect:
 		f = x.tunnel()
 	case x.req.forwards == 0 && x.countsForwards():
@@ -1463,7 +1487,7 @@ func (x *exchange) serve() {
 		x.relay(x.onward)
 		return
 	}
-	if isTunnel {
+	if x.inTunnels {
 		x.srv.limits.tunnels.add(struct{}{}, -1)
 	}
 	x.conclude(f)
@@ -1644,7 +1668,7 @@ func parseHost(b []byte) (ip netip.Addr, ok bool) {
 // admit decides what can be decided before a name is resolved.
 func (x *exchange) admit() *failure {
 	limit := int64(x.srv.cfg.MaxRequestBody)
-	switch wait := x.srv.limits.rates.take(x.c.site, x.start); {
+	switch wait := x.srv.limits.rates.take(x.c.site); {
 	case x.failure != nil:
 		return x.failure
 	case wait > 0:
@@ -2056,12 +2080,12 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 		return nil, f
 	}
 	hosts, key := &x.srv.limits.hosts, string(x.dst.key)
-	for !hosts.add(key, 1) {
-		idle := x.srv.pool.get(x.dst.key, x.start, false) // of no use for a tunnel
-		if idle == nil {
+	for wait := time.Duration(0); !hosts.add(key, 1); time.Sleep(wait) { // one may be on its way back: its client has its answer already
+		if idle := x.srv.pool.get(x.dst.key, x.start, false); idle != nil { // of no use for a tunnel
+			idle.close()
+		} else if wait += time.Millisecond; wait > 5*time.Millisecond {
 			return nil, fail(503, tokenLimit, "%d connections to %s are open, as many as there may be (SLUICE_MAX_CONNS_PER_HOST)", hosts.most, key)
 		}
-		idle.close()
 	}
 	begun := time.Now()
 	up, err := x.srv.dial(ctx, allowed)
@@ -2266,6 +2290,15 @@ func (x *exchange) sendWhole(up *upstream) *failure {
 // has read everything. It runs in a goroutine of its own. That the origin closed is no failure: it may have answered.
 func (x *exchange) sendBody(up *upstream) {
 	defer close(x.uploaded)
+	defer func() {
+		if p := recover(); p != nil { // ends this exchange alone
+			x.srv.logPanic(p)
+			x.c.mu.Lock()
+			x.c.failed = fail(500, tokenInternal, "a fault of the proxy's own")
+			x.c.mu.Unlock()
+			up.tcp.Close()
+		}
+	}()
 	out := bodyWriter{dst: &up.wire, limit: x.srv.cfg.BodyTimeout, head: x.out, chunked: x.reqBody.framing == bodyChunked, started: new(bool)}
 	readErr, writeErr := out.copy(&x.reqBody, x.awaitClient)
 	x.sent.Store(readErr == nil && writeErr == nil)

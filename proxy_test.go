@@ -78,6 +78,8 @@ func TestMain(m *testing.M) {
 	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		l.Close()
 	}
+	flag.Parse()
+	flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))) // what runs beside others mostly waits
 	binaries, _ = os.MkdirTemp("", "sluice-test")
 	status := m.Run()
 	os.RemoveAll(binaries)
@@ -334,6 +336,39 @@ func (o *testOrigin) wantsNone() {
 		c.Close()
 		o.t.Fatal("the origin was dialled")
 	}
+}
+
+// apart reports whether the test that calls it runs in a process of its own. If not, it runs that test in one, beside others: for those
+// that mostly wait.
+func apart(t *testing.T) bool {
+	t.Helper()
+	return again(t, os.Args[0], "-test.run", "^"+t.Name()+"$", "-test.v")
+}
+
+// inNamespace is apart in a namespace of a kind, after a shell script that gets args. Where that cannot be, the test is skipped.
+func inNamespace(t *testing.T, kind, script string, args ...string) bool {
+	t.Helper()
+	shell := script + ` && exec "$0" -test.run "^$TEST_APART\$" -test.v`
+	return again(t, "unshare", append([]string{"--user", "--map-root-user", kind, "sh", "-c", shell, os.Args[0]}, args...)...)
+}
+
+// again runs the test that calls it with a command, unless that is how it was run.
+func again(t *testing.T, command string, args ...string) bool {
+	t.Helper()
+	if os.Getenv("TEST_APART") == t.Name() {
+		fmt.Println("begun")
+		return true
+	}
+	t.Parallel()
+	cmd := exec.Command(command, args...)
+	cmd.Env = append(os.Environ(), "TEST_APART="+t.Name())
+	out, err := cmd.CombinedOutput()
+	if !bytes.Contains(out, []byte("begun\n")) {
+		t.Skipf("cannot be run apart: %v, %s", err, out)
+	} else if err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
+		t.Errorf("apart: %v\n%s", err, out)
+	}
+	return false
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1182,6 +1217,9 @@ func TestAddressInUse(t *testing.T) {
 }
 
 func TestClientAddressNotAllowed(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "ALLOW_CLIENTS=10.0.0.0/8,::1")
 	c := p.dial(t)
 	resp, body := c.response("GET") // nothing was sent
@@ -2155,28 +2193,6 @@ func TestClientsSeeTheirOwnBytesAlone(t *testing.T) {
 	wg.Wait()
 }
 
-// A rule that is taken holds; otherwise who wrote it believes that it does.
-// inNamespace reports whether the test that calls it runs in a namespace of a kind of its own. If not, it runs that test in one, after
-// a shell script that gets args, or skips it where that cannot be.
-func inNamespace(t *testing.T, kind, script string, args ...string) bool {
-	t.Helper()
-	if os.Getenv("TEST_IN_NAMESPACE") == t.Name() {
-		return true
-	}
-	t.Parallel() // it only waits
-	shell := script + ` && echo ready && exec "$0" -test.run "^$TEST_IN_NAMESPACE\$" -test.v`
-	cmd := exec.Command("unshare", append([]string{"--user", "--map-root-user", kind, "sh", "-c", shell, os.Args[0]}, args...)...)
-	cmd.Env = append(os.Environ(), "TEST_IN_NAMESPACE="+t.Name())
-	out, err := cmd.CombinedOutput()
-	if !bytes.Contains(out, []byte("ready\n")) {
-		t.Skipf("no namespace: %v, %s", err, out)
-	}
-	if err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
-		t.Errorf("in its namespace: %v\n%s", err, out)
-	}
-	return false
-}
-
 // A search list makes no names that the rules have not judged. resolv.conf is this process's own, in a mount namespace.
 func TestSearchList(t *testing.T) {
 	dir := t.TempDir()
@@ -2197,6 +2213,7 @@ func TestSearchList(t *testing.T) {
 	dns.wantsAsked(t, "evil.test", 0)
 }
 
+// A rule that is taken holds; otherwise who wrote it believes that it does.
 func TestRulesThatAreNone(t *testing.T) {
 	// An IPv4 address with a dot on either side is no name: as one it would not stand for the names that resolve to it, and no name
 	// is below it.
@@ -3178,6 +3195,9 @@ func TestNames(t *testing.T) {
 }
 
 func TestNamesAgeing(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	const ttl, stale = 300 * time.Millisecond, 1500 * time.Millisecond
 	d := startDNS(t)
 	_, port, _ := net.SplitHostPort(serveAt(t, "127.0.0.1:0", nil))
@@ -3235,6 +3255,9 @@ func TestNamesAgeing(t *testing.T) {
 
 // A resolver that refuses or is silent costs time, not the answer, when the next one knows it.
 func TestResolversFail(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	d := startDNS(t)
 	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
@@ -3281,6 +3304,9 @@ func TestDialTimeout(t *testing.T) {
 // TestNameOfBlackHoles: when the dial's time runs out for all addresses of a name at once, every request that waits for it is
 // answered; a client that leaves meanwhile ends its dial and is recorded.
 func TestNameOfBlackHoles(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	_, port, _ := net.SplitHostPort(freeAddr(t))
 	blackHole(t, "127.0.0.2:"+port)
 	blackHole(t, "127.0.0.3:"+port)
@@ -3640,6 +3666,9 @@ func TestDeadConnections(t *testing.T) {
 
 // TestVanishingClients has clients leave while their origins are slow. Upstream connections end with them.
 func TestVanishingClients(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t)
 	const post = "POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\n"
 	vanish := []struct{ name, request, wants, answer string }{
@@ -3735,6 +3764,9 @@ func stuck(to *peer) {
 // TestHalfClosedClients: a client that has closed its sending side gets the whole of its answer, however long that takes, as long
 // as something comes for it to take. When nothing does, it is taken for gone.
 func TestHalfClosedClients(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	if runtime.GOOS != "linux" {
 		t.Skip("elsewhere the end of a client's sending side is not looked for while its answer is under way")
 	}
@@ -5195,6 +5227,9 @@ func TestMessagesAndFlows(t *testing.T) {
 
 // The tunnels are opened together and then looked at one after the other, so that the limits run at the same time.
 func TestTunnelTimeouts(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "TUNNEL_IDLE_TIMEOUT=900ms", "TUNNEL_HALF_CLOSE_TIMEOUT=200ms", "TUNNEL_MAX_AGE=2s")
 	origins := map[string]*testOrigin{}
 	open := func(name string) (c, up *peer) {
@@ -5264,6 +5299,9 @@ func cpuTime() time.Duration {
 
 // TUNNEL_IDLE_TIMEOUT is about a tunnel in which nothing moves in either direction, and about nothing else.
 func TestTunnelIdleTimeoutIsNoOtherLimit(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "TUNNEL_IDLE_TIMEOUT=300ms")
 	const pause = 900 * time.Millisecond // less than BODY_TIMEOUT
 	big := noise(16<<20, 6)
@@ -5331,6 +5369,9 @@ func TestIdleTunnelsHoldTwoDescriptors(t *testing.T) {
 
 // A tunnel outlives the limits of the messages that opened it, also over a connection that was used before.
 func TestTunnelsOutliveOtherLimits(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p, o := startProxy(t, "BODY_TIMEOUT=200ms", "RESPONSE_TIMEOUT=200ms", "IDLE_TIMEOUT=200ms", "HEADER_TIMEOUT=200ms"), startOrigin(t)
 	ws := p.dial(t)
 	up := exchange1(ws, o, nil)
@@ -5364,6 +5405,9 @@ func TestHalfCloseAfterQuiet(t *testing.T) {
 
 // Nothing waits in a goroutine of its own for a client or a tunnel that is idle, and both go on when bytes come.
 func TestIdleConnectionsAreParked(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	if runtime.GOOS != "linux" {
 		t.Skip("without epoll they are not")
 	}
@@ -5417,6 +5461,9 @@ func TestIdleConnectionsAreParked(t *testing.T) {
 
 // A parked client is let go when its time is over, counted from its last request.
 func TestParkedClientsEnd(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "IDLE_TIMEOUT=1500ms")
 	c := p.dial(t)
 	begun := time.Now()
@@ -5457,6 +5504,9 @@ func (e refusalCase) run(t *testing.T, p *testProxy) {
 
 // A connection beyond a limit is answered before it has said anything, by no goroutine of its own, and others go on.
 func TestConnectionLimits(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	origin := serveAt(t, "127.0.0.1:0", nil)
 	p := startProxy(t, "MAX_CONNS=4", "MAX_CONNS_PER_CLIENT=3")
 	var served []*peer
@@ -5549,7 +5599,7 @@ func TestRatesAreForgotten(t *testing.T) {
 		r := &s.limits.rates
 		site := func(n int) netip.Addr { return netip.AddrFrom4([4]byte{10, byte(n >> 16), byte(n >> 8), byte(n)}) }
 		for n := range 1 << 15 {
-			if wait := r.take(site(n), time.Now()); wait != 0 {
+			if wait := r.take(site(n)); wait != 0 {
 				t.Fatalf("site %d waits %v for its first request", n, wait)
 			}
 		}
@@ -5558,20 +5608,20 @@ func TestRatesAreForgotten(t *testing.T) {
 		}
 		hot := site(1 << 20)
 		for n := range 25 {
-			if wait := r.take(hot, time.Now()); (wait > 0) != (n >= 20) || wait > 100*time.Millisecond {
+			if wait := r.take(hot); (wait > 0) != (n >= 20) || wait > 100*time.Millisecond {
 				t.Errorf("request %d waits %v", n, wait)
 			}
 		}
 		time.Sleep(99 * time.Millisecond)
-		if r.take(hot, time.Now()) == 0 {
+		if r.take(hot) == 0 {
 			t.Error("a tenth of a second is not over")
 		}
 		time.Sleep(time.Millisecond)
-		if r.take(hot, time.Now()) != 0 {
+		if r.take(hot) != 0 {
 			t.Error("a refused request has cost something")
 		}
 		time.Sleep(2 * time.Second)
-		r.take(site(1<<21), time.Now())
+		r.take(site(1 << 21))
 		if n := r.buckets.Len(); n != 1 {
 			t.Errorf("%d allowances, 1 of which says something", n)
 		}
@@ -5623,7 +5673,7 @@ func TestConnsPerHost(t *testing.T) {
 
 // A panic is answered, counted and ends its connection alone.
 func TestPanic(t *testing.T) {
-	s := testServer(t, "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "NAME=sluice-test")
+	s := testServer(t, "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "NAME=sluice-test", "MAX_TUNNELS=5")
 	s.openListeners(context.Background(), "127.0.0.1:0") // shares descriptors out
 	names := s.names
 	s.names = nil
@@ -5662,6 +5712,226 @@ func TestPanic(t *testing.T) {
 	one.Close()
 	two.Close()
 	s.serving.Wait()
+	if n := s.limits.tunnels.used[struct{}{}]; n != 0 {
+		t.Errorf("%d tunnels are counted, none is open", n)
+	}
+}
+
+// So is one of the goroutine that sends a request's body; what the request held is free again.
+func TestPanicOfUpload(t *testing.T) {
+	s := testServer(t, "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "NAME=sluice-test", "MAX_CONNS_PER_HOST=1")
+	s.openListeners(context.Background(), "127.0.0.1:0") // shares descriptors out
+	fresh := s.exchanges.New
+	s.exchanges.New = func() any {
+		x := fresh().(*exchange)
+		x.awaitClient = func() { panic("on purpose") }
+		return x
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	near, _ := net.Dial("tcp", l.Addr().String())
+	far, _ := l.Accept()
+	c, _ := s.newClient(far.(*net.TCPConn), netip.MustParseAddr("127.0.0.1"))
+	go c.serve()
+	client, o := newPeer(t, near), startOrigin(t)
+	client.send("POST http://%s/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n", o.addr)
+	o.accept().head()
+	client.wantsRefusal("POST", 500, tokenInternal)
+	client.wantsEnd()
+	s.serving.Wait()
+	if s.panics.Load() != 1 || len(s.limits.hosts.used) != 0 {
+		t.Errorf("%d panics, connections to origins: %v", s.panics.Load(), s.limits.hosts.used)
+	}
+}
+
+// The allowance is that of now: neither requests that began earlier nor those that are refused at the same time change it.
+func TestRateIsKept(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	p := startProxy(t, "RATE=1", "RATE_BURST=2")
+	ask := func(c *peer) int {
+		resp, _ := c.ask("OPTIONS", "http://any.test", "Max-Forwards: 0")
+		return resp.StatusCode
+	}
+	fast, slow := p.dial(t), []*peer{}
+	for range 20 {
+		c := p.dial(t)
+		c.send("O") // begins now, and comes later
+		slow = append(slow, c)
+	}
+	time.Sleep(2 * time.Second)
+	begun, served := time.Now(), 0
+	for ask(fast) == 200 {
+		served++
+	}
+	for _, c := range slow {
+		c.send("PTIONS http://any.test HTTP/1.1\r\nHost: any.test\r\nMax-Forwards: 0\r\n\r\n")
+		if resp, _ := c.response("OPTIONS"); resp.StatusCode == 200 {
+			served++
+		}
+		for ask(fast) == 200 {
+			served++
+		}
+	}
+	if most := 2 + 1 + int(time.Since(begun).Seconds()); served > most {
+		t.Errorf("%d requests were served, %d may be", served, most)
+	}
+
+	s := testServer(t, "RATE=100", "RATE_BURST=1")
+	site := netip.MustParseAddr("10.0.0.1")
+	var granted, longest atomic.Int64
+	var all sync.WaitGroup
+	begun = time.Now()
+	for range 8 {
+		all.Go(func() {
+			for time.Since(begun) < time.Second {
+				if wait := s.limits.rates.take(site); wait == 0 {
+					granted.Add(1)
+				} else if int64(wait) > longest.Load() {
+					longest.Store(int64(wait))
+				}
+			}
+		})
+	}
+	all.Wait()
+	took := time.Since(begun)
+	if n := granted.Load(); n == 0 || float64(n) > 100*took.Seconds()+2 || longest.Load() > int64(20*time.Millisecond) {
+		t.Errorf("%d were granted in %v at 100 a second, and somebody was to wait for %v", n, took, time.Duration(longest.Load()))
+	}
+}
+
+// A request that comes while the drain closes idle connections is served, however long its origin takes.
+func TestRequestAtTheEndOfTheGrace(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	var reached atomic.Int64
+	origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
+		reached.Add(1)
+		time.Sleep(1500 * time.Millisecond)
+		io.WriteString(w, "late")
+	})
+	p := startProxy(t, "DRAIN_TIMEOUT=4s", "MAX_CONNS=5000", "LOG_LEVEL=debug")
+	const n = 300
+	clients := []*peer{}
+	for range n {
+		clients = append(clients, p.dial(t))
+	}
+	p.log.await(t, "client connected", n)
+	ended := make(chan bool)
+	go func() { p.stop(); close(ended) }()
+	p.log.await(t, "draining", 1)
+	time.Sleep(490 * time.Millisecond) // the grace takes 500
+	for _, c := range clients {
+		io.WriteString(c.TCPConn, request("GET", "http://"+origin+"/")) // some find it over
+	}
+	var served int64
+	for _, c := range clients {
+		if resp, err := http.ReadResponse(c.br, nil); err == nil && resp.StatusCode == 200 {
+			served++
+		}
+	}
+	<-ended
+	if served == 0 || served < reached.Load() || strings.Contains(p.log.all(), "the client left") {
+		t.Errorf("%d of %d requests came to the origin, %d were answered", reached.Load(), n, served)
+	}
+}
+
+// Places are free when a client can tell that they are.
+func TestPlacesAreFreeInTime(t *testing.T) {
+	quiet := []string{"LOG_LEVEL=info", "LOG_SAMPLE=info=0,warn=0"}
+	p := startProxy(t, append(quiet, "MAX_CONNS_PER_CLIENT=1")...)
+	for i := range 500 {
+		c, err := net.Dial("tcp", p.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(c, "OPTIONS http://any.test HTTP/1.1\r\nHost: any.test\r\nMax-Forwards: 0\r\nConnection: close\r\n\r\n")
+		if answer, _ := io.ReadAll(c); !strings.HasPrefix(string(answer), "HTTP/1.1 200") {
+			t.Fatalf("connection %d, of one at a time: %q", i, answer)
+		}
+		c.Close()
+	}
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	p = startProxy(t, append(quiet, "MAX_CONNS_PER_HOST=1")...)
+	a, b := p.dial(t), p.dial(t)
+	for i := range 1000 {
+		if resp, body := a.ask("GET", "http://"+origin+"/"); resp.StatusCode != 200 {
+			t.Fatalf("request %d, of one at a time: %s %s", i, resp.Status, body)
+		}
+		a, b = b, a
+	}
+}
+
+// The pool's idle connections do not keep descriptors from those that need them.
+func TestPoolGivesDescriptorsBack(t *testing.T) {
+	t.Parallel() // what is tested is a process of its own
+	if runtime.GOOS != "linux" {
+		t.Skip("there is a pool on Linux only")
+	}
+	l, err := net.Listen("tcp", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "hi") })}
+	go srv.Serve(l)
+	t.Cleanup(func() { srv.Close() })
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	p := &testProxy{addr: startProcess(t, buildBinary(t), "NOFILE=256", "ALLOW_CIDRS=127.0.0.0/8", "ALLOW_PORTS=*", "LOG_SAMPLE=info=0", "LISTENERS=1").addr}
+	c := p.dial(t)
+	for i := range 260 {
+		if resp, body := c.ask("GET", fmt.Sprintf("http://127.0.%d.%d:%s/", 1+i/200, 1+i%200, port)); resp.StatusCode != 200 {
+			t.Fatalf("origin %d: %s %s", i, resp.Status, body)
+		}
+	}
+}
+
+// The request for a drain is answered before the drain takes the admin listener away.
+func TestDrainIsAcknowledged(t *testing.T) {
+	for range 20 {
+		p := startProxy(t)
+		if resp, _ := p.adminGet(t, "POST", "/drain", p.admin, "Content-Length: 0"); resp.StatusCode != 202 {
+			t.Error(resp.Status)
+		}
+		p.stop()
+	}
+}
+
+// Limits of a tunnel that are shorter than the time after which it is parked hold, too.
+func TestShortTunnel(t *testing.T) {
+	o := startOrigin(t)
+	p := startProxy(t, "TUNNEL_MAX_AGE=200ms")
+	c, _ := p.openTunnel(t, o)
+	begun := time.Now()
+	c.wantsEnd()
+	if took := time.Since(begun); took < 150*time.Millisecond || took > 800*time.Millisecond {
+		t.Errorf("ended after %v", took)
+	}
+}
+
+// Each kind of shortage is told of, whatever was told of another.
+func TestShortagesAreToldApart(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("Linux tells of them")
+	}
+	cfg, _, _ := loadConfig(nil)
+	var sink logSink
+	log := newLogger(cfg, &sink)
+	s, _ := newServer(cfg, log)
+	short := any(s).(interface{ sayShort(string, error) })
+	for range 3 {
+		short.sayShort("memory runs short", io.EOF)
+		short.sayShort("accept failed", io.EOF)
+	}
+	s.close()
+	log.close(time.Second)
+	if n := len(sink.records(t)); n != 2 {
+		t.Errorf("%d records", n)
+	}
 }
 
 // When descriptors run out, those who come wait or are told so; admin answers, the log says it once, nothing spins, and all of it ends.
@@ -5762,9 +6032,10 @@ func TestTunnelLimit(t *testing.T) {
 // smallContainer is a program that runs binary in a cgroup of 64 MiB; the test is skipped where none can be made.
 func smallContainer(t *testing.T, binary string) string {
 	t.Helper()
-	dir, file := "/sys/fs/cgroup/memory/sluice-test", "memory.limit_in_bytes" // version 1
+	name := fmt.Sprintf("sluice-test-%d", os.Getpid())
+	dir, file := "/sys/fs/cgroup/memory/"+name, "memory.limit_in_bytes" // version 1
 	if err := os.Mkdir(dir, 0o755); err != nil {
-		if dir, file = "/sys/fs/cgroup/sluice-test", "memory.max"; os.Mkdir(dir, 0o755) != nil {
+		if dir, file = "/sys/fs/cgroup/"+name, "memory.max"; os.Mkdir(dir, 0o755) != nil {
 			t.Skip("no cgroup can be made here:", err)
 		}
 	}
@@ -5866,10 +6137,11 @@ func TestMemoryRunsShort(t *testing.T) {
 	if s.openListeners(context.Background(), "127.0.0.1:0"); len(s.listeners) == 0 {
 		t.Fatal("no listener")
 	}
+	s.behind.Go(s.watcher.run)
 	idle := dialTCP(t, serveAt(t, "127.0.0.1:0", nil))
 	c, _ := s.newClient(idle, netip.MustParseAddr("127.0.0.1"))
 	go c.serve()
-	eventually(t, "the client to be idle", c.idle.Load)
+	eventually(t, "the client to be parked", func() bool { c.mu.Lock(); defer c.mu.Unlock(); return c.parked })
 	any(s).(interface{ letGo() }).letGo() // which only Linux has
 	s.serving.Wait()
 }
@@ -5884,6 +6156,9 @@ func (p *process) residentMemory() int {
 
 // The README says 3 kB for an idle client and 6 kB for an idle tunnel; with twice that and what a young process grows by it would be wrong.
 func TestIdleConnectionsTakeLittle(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	if runtime.GOOS != "linux" {
 		t.Skip("elsewhere they hold goroutines")
 	}
@@ -5937,7 +6212,7 @@ func TestDerivedLimits(t *testing.T) {
 		t.Errorf("with MEMORY_LIMIT=64MiB: %v", r)
 	}
 	p = startProcess(t, smallContainer(t, binary))
-	if r := p.start; r["memory_limit"] != float64(67108864/10*9) {
+	if r := p.start; r["memory_limit"] != float64(52<<20) {
 		t.Errorf("in a cgroup of 64 MiB: %v", r)
 	}
 	p.Process.Kill()
@@ -5990,6 +6265,9 @@ func TestSizeLimits(t *testing.T) {
 
 // TestTimeLimits lets each limit run out.
 func TestTimeLimits(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "HEADER_TIMEOUT=100ms", "RESPONSE_TIMEOUT=100ms", "BODY_TIMEOUT=100ms")
 	for name, request := range map[string]string{"half a line": "GET http://{o}/", "half a head": "GET http://{o}/ HTTP/1.1\r\nHost: {o}\r\n"} {
 		t.Run(name, func(t *testing.T) {
@@ -6342,6 +6620,9 @@ func TestManyFieldsAreNotALimitOfBytes(t *testing.T) {
 
 // TestNoHeaderTimeout: with HEADER_TIMEOUT=0 a head that has begun may take any time; IDLE_TIMEOUT is for when none has.
 func TestNoHeaderTimeout(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "HEADER_TIMEOUT=0", "IDLE_TIMEOUT=300ms")
 	cuts := []int{1, 9, len("GET http://127.0.0.1:12345/ HTTP/1.1\r\n")} // after a byte, half a line, half a head
 	origins, clients, ups := make([]*testOrigin, len(cuts)), make([]*peer, len(cuts)), make([]*peer, len(cuts))
@@ -6691,13 +6972,16 @@ func TestBlockedStdout(t *testing.T) {
 		}
 		return written+dropped == 100
 	})
-	if written > 10 || written < 1 {
+	if written > 11 || written < 1 { // the last request's record may come when there is room again
 		t.Errorf("%d written, %d dropped with LOG_BUFFER=10", written, dropped)
 	}
 }
 
 // Records of one connection share a decision: a connection whose opening is told of is one whose end is told of, too.
 func TestLogSampleSharesADecision(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "LOG_SAMPLE=debug=0.5")
 	for i := range 200 { // one after the other, so that records tell whose they are
 		c := p.dial(t)
@@ -6874,6 +7158,9 @@ func (p *testProxy) metric(t *testing.T, name string) float64 {
 
 // After known traffic every series has the value that it must have, and there are no others.
 func TestMetrics(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	o, refusing := startOrigin(t), freeAddr(t)
 	p := startProxy(t, "LOG_LEVEL=info", "LOG_SAMPLE=info=0", "DENY_HOSTS=denied.test", "DNS_SERVERS="+freeAddr(t), "MAX_CONNS=50", "MAX_CONNS_PER_CLIENT=2", "MAX_TUNNELS=7")
 	open := func(n float64) {
@@ -7125,6 +7412,9 @@ func TestAdminIsNotOnListen(t *testing.T) {
 }
 
 func TestProfiles(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t)
 	for path, want := range map[string]string{"/debug/pprof/": "goroutine", "/debug/pprof/goroutine?debug=2": "sluice.run", "/debug/pprof/cmdline": "test", "/debug/pprof/heap?debug=1": "heap profile",
 		"/debug/pprof/symbol": "num_symbols", "/debug/pprof/profile?seconds=1": "\x1f\x8b", "/debug/pprof/trace?seconds=0.1": "go 1."} {
@@ -7325,6 +7615,9 @@ func (p *testProxy) draining(t *testing.T) <-chan time.Duration {
 }
 
 func TestDrainLetsRequestsFinish(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "DRAIN_TIMEOUT=8s")
 	o := startOrigin(t)
 	idle := p.dial(t)
@@ -7467,7 +7760,7 @@ func TestRestartLosesNothing(t *testing.T) {
 		return
 	}
 	sent, lost := restarts(t, 20)
-	if t.Logf("%d requests, %d failed", sent, lost); lost > 0 || sent < 1000 {
+	if t.Logf("%d requests, %d failed", sent, lost); lost > 0 || sent < 200 {
 		t.Error("requests failed, or hardly any were made")
 	}
 }
@@ -7516,6 +7809,9 @@ func TestDrainByRequest(t *testing.T) {
 }
 
 func TestDrainOfAnIdleProxy(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "DRAIN_TIMEOUT=8s")
 	o := startOrigin(t)
 	c := p.dial(t)
@@ -7606,7 +7902,7 @@ func startProcess(t *testing.T, binary string, vars ...string) *process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	go func() { p.ended <- p.Wait() }()
+	go func() { p.ended <- p.Wait(); close(p.ended) }()
 	t.Cleanup(func() { p.Process.Kill(); r.Close() })
 	r.SetReadDeadline(time.Now().Add(2 * patience))
 	var line string
@@ -7960,6 +8256,9 @@ func (p *testProxy) leavesNothing(t *testing.T, cases func(t *testing.T)) {
 
 // TestToxicsThatSlow: late, in tiny pieces or with a late end, everything arrives and nothing is held to be wrong.
 func TestToxicsThatSlow(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t)
 	slow := map[string]toxics.Toxic{"latency": &toxics.LatencyToxic{Latency: 10, Jitter: 10}, "bandwidth": &toxics.BandwidthToxic{Rate: 2000},
 		"slicer": &toxics.SlicerToxic{AverageSize: 50, SizeVariation: 40}, "slow_close": &toxics.SlowCloseToxic{Delay: 30}}
@@ -8038,6 +8337,9 @@ func TestToxicsThatCut(t *testing.T) {
 // TestToxicsThatSilence: in the middle of a body a peer that seems to be there swallows everything, or takes next to nothing any more.
 // What is stuck ends by its limit. All get stuck first, so that the limits run at the same time.
 func TestToxicsThatSilence(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "HEADER_TIMEOUT=500ms", "RESPONSE_TIMEOUT=500ms", "BODY_TIMEOUT=500ms", "TUNNEL_IDLE_TIMEOUT=500ms", "IDLE_TIMEOUT=500ms")
 	const much = 32 << 20 // more than the sockets on the way hold
 	p.leavesNothing(t, func(whole *testing.T) {

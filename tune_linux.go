@@ -44,9 +44,9 @@ type sockets struct {
 	large int // pipes of pipeSize there may be
 
 	mu    sync.Mutex
-	pipes []*[2]int // empty, for reuse; guarded by mu
-	open  int       // pipes there are, in use too; guarded by mu
-	said  time.Time // when a shortage was last told of; guarded by mu
+	pipes []*[2]int            // empty, for reuse; guarded by mu
+	open  int                  // pipes there are, in use too; guarded by mu
+	said  map[string]time.Time // when each shortage was last told of; guarded by mu
 }
 
 func (s *server) openListeners(ctx context.Context, addr string) error {
@@ -140,13 +140,16 @@ func (s *server) takeIn(fd, most int) (more bool, err error) {
 	return true, nil
 }
 
-// sayShort warns of a shortage, once a minute at most, and lets idle connections go.
+// sayShort warns of a shortage, of each kind once a minute at most, and lets idle connections go.
 func (s *server) sayShort(msg string, err error) {
 	k := &s.sockets
 	k.mu.Lock()
-	said := time.Since(k.said) < time.Minute
+	said := time.Since(k.said[msg]) < time.Minute
 	if !said {
-		k.said = time.Now()
+		if k.said == nil {
+			k.said = map[string]time.Time{}
+		}
+		k.said[msg] = time.Now()
 	}
 	k.mu.Unlock()
 	if !said {
@@ -157,8 +160,14 @@ func (s *server) sayShort(msg string, err error) {
 
 // letGo closes idle connections, to clients and to origins.
 func (s *server) letGo() {
-	for c := range s.clients.Range {
-		c.(*client).closeIdle()
+	for k := range s.clients.Range {
+		c := k.(*client)
+		c.mu.Lock()
+		parked := c.parked // idle for a while: the request of one that has just come may be on its way
+		c.mu.Unlock()
+		if parked {
+			c.closeIdle()
+		}
 	}
 	s.pool.letGo()
 }
@@ -308,6 +317,10 @@ func (s *server) attempt(ctx context.Context, addr netip.AddrPort, winner chan<-
 
 func (s *server) dialOne(ctx context.Context, addr netip.AddrPort) (*upstream, error) {
 	k, err := s.sockets.connect(ctx, newSockaddr(addr))
+	if errors.Is(err, unix.EMFILE) { // the pool's idle connections hold some
+		s.pool.letGo()
+		k, err = s.sockets.connect(ctx, newSockaddr(addr))
+	}
 	if err != nil {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(addr), Err: cmp.Or(ctx.Err(), err)}
 	}
@@ -752,8 +765,8 @@ func (c *client) hasLeft() bool {
 func (c *client) rest() bool {
 	c.readWithin(c.now, c.patience())
 	c.idle.Store(true)
-	if c.hasLeft() {
-		c.closeIdle()
+	if c.hasLeft() && c.idle.CompareAndSwap(true, false) {
+		c.tcp.CloseRead()
 	}
 	c.over = c.srv.closing.Load()
 	return c.over
@@ -832,23 +845,27 @@ func (w *watcher) watch(h *watched, raw syscall.RawConn, s slot, events uint32) 
 	}
 	s.generation = h.generation
 	w.slots[h.place] = s
-	w.mu.Unlock()
 	event := unix.EpollEvent{Events: events, Fd: h.place, Pad: h.generation}
-	return control(w.raw, func(epfd int) error {
+	w.mu.Unlock()
+	err := control(w.raw, func(epfd int) error {
 		return control(raw, func(fd int) error { return unix.EpollCtl(epfd, op, fd, &event) })
 	})
+	if err != nil && op == unix.EPOLL_CTL_ADD { // it may have been removed, and closed, meanwhile
+		w.remove(h)
+	}
+	return err
 }
 
 // remove forgets a connection; the kernel does when its descriptor is closed.
 func (w *watcher) remove(h *watched) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if !h.on {
 		return
 	}
 	h.on = false
-	w.mu.Lock()
 	w.slots[h.place] = slot{generation: h.generation + 1}
 	w.free = append(w.free, h.place)
-	w.mu.Unlock()
 }
 
 // run tells listeners until the watcher is closed.
@@ -916,7 +933,9 @@ func (c *client) hungUp(reset bool) {
 		c.graceLocked()
 	}
 	c.mu.Unlock()
-	c.closeIdle()
+	if c.idle.CompareAndSwap(true, false) {
+		c.tcp.CloseRead()
+	}
 	if reset {
 		c.abandon()
 	}
@@ -927,7 +946,7 @@ func (c *client) hungUp(reset bool) {
 const hangupGrace = time.Second
 
 func (c *client) graceLocked() {
-	if !c.grace {
+	if !c.grace && !c.shut.Load() {
 		c.grace, c.acked = true, bytesAcked(c.raw)
 		time.AfterFunc(hangupGrace, c.abandonUnlessReading)
 	}
@@ -1151,7 +1170,8 @@ func (x *exchange) relay(up *upstream) {
 	c.tcp.SetWriteDeadline(time.Time{})           // that of the answer, or of an earlier request
 	up.tcp.SetWriteDeadline(time.Time{})
 	t.mu.Lock()
-	t.timer = time.AfterFunc(parkAfter, t.tick)
+	at, _ := t.x.srv.cfg.tunnelEnd(t.since, t.since, false)
+	t.timer = time.AfterFunc(min(parkAfter, at.Sub(t.since)), t.tick)
 	t.mu.Unlock()
 	if c.track(nil, nil, t) {
 		t.end("drain")
@@ -1637,14 +1657,15 @@ func openFiles() int {
 	return int(min(limit.Cur, maxFiles))
 }
 
-// limitMemory sets the heap's soft limit to want, or to 90% of the cgroup's limit when want is 0; the rest is for what the kernel and
-// the runtime need beside the heap.
+// limitMemory sets the heap's soft limit to want, or when want is 0 to 90% of the cgroup's limit, but at least 12 MiB less:
+// the rest is for the program's text and what the kernel needs. With a tenth for these, floods of large heads had 64 MiB exceeded.
 func limitMemory(want int64) {
 	if os.Getenv("GOMEMLIMIT") != "" {
 		return
 	}
 	if want == 0 {
-		want = cgroupMemory() / 10 * 9
+		want = cgroupMemory()
+		want = max(want/2, want-max(want/10, 12<<20))
 	}
 	if want > 0 {
 		debug.SetMemoryLimit(want)
