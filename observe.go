@@ -557,6 +557,15 @@ func codeLabel(status int) string {
 	return strconv.Itoa(status)
 }
 
+// moved counts n bytes of a body or tunnel, down to the client or up to the origin.
+func (m *telemetry) moved(n int, down bool) {
+	if down {
+		m.down.Add(float64(n))
+	} else {
+		m.up.Add(float64(n))
+	}
+}
+
 // opened counts a tunnel whose client has been told that it is open.
 func (m *telemetry) opened(x *summary) {
 	m.tunnels.Add(1)
@@ -565,10 +574,6 @@ func (m *telemetry) opened(x *summary) {
 
 // count takes in what has ended: a request, a tunnel, or a connection that was rejected.
 func (m *telemetry) count(x *summary, f *failure) {
-	if x.upBytes > 0 {
-		m.up.Add(float64(x.upBytes))
-	}
-	m.down.Add(float64(x.downSize))
 	took, reason := x.end.Sub(x.start).Seconds(), ""
 	if x.closed != "" {
 		m.tunnels.Add(-1)

@@ -2556,8 +2556,16 @@ func (b *body) nextBuffered() (data []byte, done bool, err error) {
 	if b.size += int64(len(data)); b.limit > 0 && b.size > b.limit {
 		return nil, false, faultBodyTooLarge
 	}
+	b.count(len(data))
 	b.ended.Store(done)
 	return data, done, err
+}
+
+// count takes n bytes into the metrics.
+func (b *body) count(n int) {
+	if n > 0 {
+		b.w.srv.metrics.moved(n, b.unfold)
+	}
 }
 
 // fill waits for more of the body.
@@ -2825,6 +2833,7 @@ func (x *exchange) reply(status int, mediaType, fields, body string) *failure {
 	if string(x.method) != "HEAD" {
 		b = append(b, body...)
 		x.respBody.size = int64(len(body))
+		x.srv.metrics.moved(len(body), true)
 	}
 	return x.tell(b)
 }

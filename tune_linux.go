@@ -1191,7 +1191,7 @@ func (d *direction) carry() {
 		}
 	}()
 	for {
-		m := move{dst: d.dst, src: d.src, limit: math.MaxInt64, moved: d.t.touch}
+		m := move{dst: d.dst, src: d.src, limit: math.MaxInt64, moved: d.moved}
 		n, err := m.run()
 		d.bytes += n
 		if !m.readFailed || !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -1261,6 +1261,11 @@ func (t *tunnel) leave() {
 	t.x.record(nil)
 	t.up.close()
 	t.x.c.end()
+}
+
+func (d *direction) moved(n int) {
+	d.t.touch()
+	d.t.x.srv.metrics.moved(n, d == &d.t.backward)
 }
 
 func (t *tunnel) touch() { t.last.Store(int64(time.Since(t.since))) }
@@ -1339,7 +1344,7 @@ type move struct {
 	limit      int64         // most bytes to move
 	beforeRead func()        // called before each wait, to set its deadline; nil = there is none, or it is set by others
 	patience   time.Duration // for each piece to be taken by dst, 0 = any
-	moved      func()        // called when bytes have moved
+	moved      func(n int)   // called when n bytes have moved
 	readFailed bool          // set when the error is that of src
 }
 
@@ -1362,12 +1367,12 @@ func (m *move) flush(limit int64) (int64, error) {
 	}
 	m.armWrite()
 	n, err := m.dst.tcp.Write(piece)
-	m.moved()
+	m.moved(n)
 	return int64(n), err
 }
 
 func (o *bodyWriter) splice(b *body, beforeRead func()) (readErr, writeErr error) {
-	m := move{dst: o.dst, src: b.w, limit: b.left, beforeRead: beforeRead, patience: o.limit, moved: func() {}}
+	m := move{dst: o.dst, src: b.w, limit: b.left, beforeRead: beforeRead, patience: o.limit, moved: b.count}
 	n, err := m.run()
 	b.size += n
 	b.left -= n
@@ -1459,7 +1464,7 @@ func (s *splicer) pushNow(fd uintptr) bool {
 	n := sendNow(int(fd), p[:min(int64(len(p)), s.limit-s.total)])
 	s.src.r += n
 	s.total += int64(n)
-	s.moved()
+	s.moved(n)
 	return true
 }
 
@@ -1492,7 +1497,7 @@ func (s *splicer) out(fd uintptr) bool {
 	s.err = os.NewSyscallError("splice", err)
 	s.held -= n
 	s.total += int64(n)
-	s.moved()
+	s.moved(n)
 	return true
 }
 

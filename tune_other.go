@@ -224,6 +224,7 @@ func (t *tunnel) carry(dst, src *wire, closed string) (total int64) {
 		}
 		p := src.take(math.MaxInt64)
 		n, err := dst.tcp.Write(p)
+		t.x.srv.metrics.moved(n, dst == &t.x.c.wire)
 		if total += int64(n); err != nil {
 			t.fail()
 			return total
