@@ -455,12 +455,12 @@ type telemetry struct {
 func newTelemetry() *telemetry {
 	m := &telemetry{registry: prometheus.NewRegistry()}
 	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	make := promauto.With(m.registry)
+	auto := promauto.With(m.registry)
 	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
-		return make.NewCounterVec(prometheus.CounterOpts{Name: "sluice_" + name, Help: help}, labels)
+		return auto.NewCounterVec(prometheus.CounterOpts{Name: "sluice_" + name, Help: help}, labels)
 	}
 	histogram := func(name, help string, seconds ...float64) prometheus.Histogram {
-		return make.NewHistogram(prometheus.HistogramOpts{Name: "sluice_" + name, Help: help, Buckets: seconds,
+		return auto.NewHistogram(prometheus.HistogramOpts{Name: "sluice_" + name, Help: help, Buckets: seconds,
 			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 160, NativeHistogramMinResetDuration: time.Hour})
 	}
 	short := []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
@@ -474,8 +474,8 @@ func newTelemetry() *telemetry {
 	m.rejected = counters("client_connections_rejected_total", "Client connections that were answered before they sent a request.", "reason")
 	m.ended = counters("tunnels_total", "Tunnels that have ended, by what ended them.", "reason")
 	m.tunnelTime = histogram("tunnel_duration_seconds", "From the request for a tunnel to its end.", .1, .5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 14400)
-	bytes := counters("bytes_total", "Bytes of bodies and tunnels, up to origins and down to clients.", "direction")
-	m.up, m.down = bytes.WithLabelValues("up"), bytes.WithLabelValues("down")
+	moved := counters("bytes_total", "Bytes of bodies and tunnels, up to origins and down to clients.", "direction")
+	m.up, m.down = moved.WithLabelValues("up"), moved.WithLabelValues("down")
 	pool := counters("pool_requests_total", "Requests by the connection that took them to their origin.", "result")
 	m.reused, m.dialled = pool.WithLabelValues("reused"), pool.WithLabelValues("dialled")
 	names := counters("dns_lookups_total", "Names looked up: hit = the answer was remembered, miss = a resolver was asked, stale = in vain, but an old answer served, error = in vain.", "result")
@@ -491,9 +491,9 @@ func newTelemetry() *telemetry {
 
 // watch registers what is read when it is asked for.
 func (m *telemetry) watch(s *server) {
-	make := promauto.With(m.registry)
+	auto := promauto.With(m.registry)
 	gauge := func(name, help string, labels prometheus.Labels, f func() float64) {
-		make.NewGaugeFunc(prometheus.GaugeOpts{Name: "sluice_" + name, Help: help, ConstLabels: labels}, f)
+		auto.NewGaugeFunc(prometheus.GaugeOpts{Name: "sluice_" + name, Help: help, ConstLabels: labels}, f)
 	}
 	number := func(name, help string, n func() int64) {
 		gauge(name, help, nil, func() float64 { return float64(n()) })
@@ -507,7 +507,7 @@ func (m *telemetry) watch(s *server) {
 	number("ready", "1 while connections are accepted, 0 while draining.", func() int64 { return map[bool]int64{true: 1}[s.ready()] })
 	gauge("build_info", "1, of the version in the label.", prometheus.Labels{"version": version, "goversion": runtime.Version()}, func() float64 { return 1 })
 	counter := func(name, help string, labels prometheus.Labels, n func() int64) {
-		make.NewCounterFunc(prometheus.CounterOpts{Name: "sluice_" + name, Help: help, ConstLabels: labels}, func() float64 { return float64(n()) })
+		auto.NewCounterFunc(prometheus.CounterOpts{Name: "sluice_" + name, Help: help, ConstLabels: labels}, func() float64 { return float64(n()) })
 	}
 	counter("panics_total", "Faults that ended a connection.", nil, s.panics.Load)
 	for i, level := range []string{"debug", "info", "warn", "error"} {

@@ -6929,6 +6929,38 @@ func TestLogLevelAndFormat(t *testing.T) {
 	})
 }
 
+// On a terminal the log is text in colour, unless NO_COLOR is set.
+func TestLogOnTerminal(t *testing.T) {
+	script, err := exec.LookPath("script") // of util-linux: runs a command on a terminal
+	if err != nil || runtime.GOOS != "linux" {
+		t.Skip("there is no script(1)")
+	}
+	binary := buildBinary(t)
+	for set, coloured := range map[string]bool{"A=1": true, "NO_COLOR=1": false} {
+		cmd := exec.Command(script, "-qec", "timeout -s TERM 0.5 "+binary+"; true", "/dev/null")
+		cmd.Env = append(os.Environ(), set, "SLUICE_LISTEN=127.0.0.1:0", "SLUICE_ADMIN=off", "SLUICE_TUNE=off")
+		out, err := cmd.CombinedOutput()
+		if text := string(out); err != nil || !strings.Contains(text, "listening") || strings.HasPrefix(text, "{") || strings.Contains(text, "\x1b[") != coloured {
+			t.Errorf("%s: %v, %q", set, err, text)
+		}
+	}
+}
+
+// A stdout that nobody reads any more is no reason to stop.
+func TestClosedStdout(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	process := startProcess(t, buildBinary(t), "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*")
+	process.stdout.Close()
+	p := &testProxy{addr: process.addr}
+	for range 20 {
+		if resp, _ := p.dial(t).ask("GET", "http://"+origin+"/"); resp.StatusCode != 200 {
+			t.Fatal(resp.Status)
+		}
+	}
+	process.Process.Signal(syscall.SIGTERM)
+	process.wantsExit(t, patience)
+}
+
 // stuckWriter blocks until its gate is closed.
 type stuckWriter struct {
 	logSink
@@ -9127,6 +9159,22 @@ func BenchmarkPolicy(b *testing.B) {
 				decisions[name]()
 			}
 		})
+	}
+}
+
+// What is sampled out is counted, and costs nothing else.
+func TestSampledRecordAllocatesNothing(t *testing.T) {
+	s := testServer(t, "LOG_SAMPLE=info=0")
+	x := s.exchanges.Get().(*exchange)
+	x.begin(&client{wire: memoryWire(s, nil)})
+	x.method, x.end, x.status = []byte("GET"), time.Now(), 200
+	x.record(nil)
+	before := s.log.sampled[rank(slog.LevelInfo)].Load()
+	if allocs := testing.AllocsPerRun(1000, func() { x.record(nil) }); allocs > 0 || len(x.attrs) > 0 {
+		t.Errorf("%v allocations, %d attributes", allocs, len(x.attrs))
+	}
+	if n := s.log.sampled[rank(slog.LevelInfo)].Load() - before; n != 1001 {
+		t.Errorf("%d records were counted", n)
 	}
 }
 
