@@ -5825,8 +5825,9 @@ func TestRequestAtTheEndOfTheGrace(t *testing.T) {
 	ended := make(chan bool)
 	go func() { p.stop(); close(ended) }()
 	p.log.await(t, "draining", 1)
-	time.Sleep(490 * time.Millisecond) // the grace takes 500
-	for _, c := range clients {
+	begun := time.Now()
+	for i, c := range clients { // the grace takes 500 ms: the first come well before its end
+		time.Sleep(time.Until(begun.Add(300*time.Millisecond + time.Duration(i)*time.Millisecond*4/5)))
 		io.WriteString(c.TCPConn, request("GET", "http://"+origin+"/")) // some find it over
 	}
 	var served int64
