@@ -2171,7 +2171,7 @@ func (x *exchange) forward() *failure {
 			x.srv.watcher.add(&up.watch, up.raw, up)
 			x.srv.metrics.dialled.Inc()
 		} else {
-			x.asked = x.start
+			x.asked = time.Now()
 			x.srv.metrics.reused.Inc()
 		}
 		up.requests.Add(1)

@@ -5891,6 +5891,31 @@ func TestPoolGivesDescriptorsBack(t *testing.T) {
 	}
 }
 
+// RESPONSE_TIMEOUT begins when the request is sent on, not when its head began to come.
+func TestSlowHeadLeavesResponseItsTime(t *testing.T) {
+	o := startOrigin(t)
+	p := startProxy(t, "RESPONSE_TIMEOUT=500ms")
+	c := p.dial(t)
+	c.send("%s", o.fill(plainRequest))
+	up := o.accept()
+	up.wants(o.fill(plainWants))
+	up.send(plainAnswer)
+	c.wants(plainGets)
+	if runtime.GOOS != "linux" {
+		t.Skip("the connection is kept on Linux only")
+	}
+	c.send("G")
+	time.Sleep(700 * time.Millisecond)
+	c.send("%s", o.fill(plainRequest)[1:])
+	up.wants(o.fill(plainWants))
+	time.Sleep(100 * time.Millisecond)
+	up.send(plainAnswer)
+	c.wants(plainGets)
+	if wait := p.metric(t, "sluice_response_wait_seconds_sum"); wait > 0.5 {
+		t.Errorf("waits of %v s are counted", wait)
+	}
+}
+
 // The request for a drain is answered before the drain takes the admin listener away.
 func TestDrainIsAcknowledged(t *testing.T) {
 	for range 20 {

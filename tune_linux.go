@@ -765,8 +765,8 @@ func (c *client) hasLeft() bool {
 func (c *client) rest() bool {
 	c.readWithin(c.now, c.patience())
 	c.idle.Store(true)
-	if c.hasLeft() && c.idle.CompareAndSwap(true, false) {
-		c.tcp.CloseRead()
+	if c.hasLeft() {
+		c.endWait()
 	}
 	c.over = c.srv.closing.Load()
 	return c.over
@@ -925,6 +925,13 @@ func giveBack(cycles uint64) uint64 {
 // hangupListener is told that its peer closed its sending side; reset: the whole connection.
 type hangupListener interface{ hungUp(reset bool) }
 
+// endWait ends the wait for a request of a client that is gone.
+func (c *client) endWait() {
+	if c.idle.CompareAndSwap(true, false) {
+		c.tcp.CloseRead()
+	}
+}
+
 // hungUp gives up what the client's goroutine waits for meanwhile: it would not notice while that lasts.
 func (c *client) hungUp(reset bool) {
 	c.mu.Lock()
@@ -933,9 +940,7 @@ func (c *client) hungUp(reset bool) {
 		c.graceLocked()
 	}
 	c.mu.Unlock()
-	if c.idle.CompareAndSwap(true, false) {
-		c.tcp.CloseRead()
-	}
+	c.endWait()
 	if reset {
 		c.abandon()
 	}
