@@ -617,13 +617,13 @@ func (s *server) listen(ctx context.Context) error {
 	s.run(&s.behind, s.watcher.run)
 	s.run(&s.behind, func() { s.watchMemory(ctx) })
 	s.run(&s.behind, func() { s.metrics.remember(ctx) })
-	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
-		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "users", len(s.cfg.Users), "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
-		"max_conns", s.limits.conns.most, "memory_limit", debug.SetMemoryLimit(-1), "max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 	for _, l := range s.listeners {
 		s.run(&s.accepting, func() { s.accept(ctx, l) })
 	}
 	s.accepts.Store(true)
+	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
+		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "users", len(s.cfg.Users), "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
+		"max_conns", s.limits.conns.most, "memory_limit", debug.SetMemoryLimit(-1), "max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 	return nil
 }
 
