@@ -1,5 +1,5 @@
 // What Sluice tells of itself: how records are sampled, encoded and written, what is counted, and the admin listener that serves
-// health, metrics, profiles and the status page. What a record holds, and when it is made, stands in proxy.go.
+// health, metrics, profiles and the status page.
 package main
 
 import (
@@ -230,6 +230,68 @@ func (l *logger) lastWords() {
 		panic(p)
 	}
 }
+
+// record writes the one record of an exchange: info when served or given up by the client, warn when refused or not possible.
+func (x *summary) record(f *failure) {
+	level, msg := slog.LevelInfo, "request"
+	if x.connect {
+		msg = "tunnel"
+	}
+	if f != nil && f.token == tokenInternal {
+		level = slog.LevelError
+	} else if f != nil && f.token != tokenClient {
+		level = slog.LevelWarn
+	}
+	x.srv.metrics.count(x, f)
+	if log := x.srv.log; log.wants(level, x.luck, x.first) {
+		x.describe(f)
+		r := slog.NewRecord(x.end, level, msg, 0)
+		r.AddAttrs(slog.Attr{Value: slog.GroupValue(x.attrs...)}) // a group without a name stands for its members, uncopied
+		log.process.Handler().Handle(context.Background(), r)
+	}
+}
+
+// describe lists what a record tells of x.
+func (x *summary) describe(f *failure) {
+	add := func(name, value string) {
+		if value != "" {
+			x.attrs = append(x.attrs, slog.String(name, value[:min(len(value), 1024)])) // some are a client's choice
+		}
+	}
+	add(logClient, x.c.addr.String())
+	add(logUser, x.user)
+	add(logMethod, string(x.method))
+	add(logServer, string(x.dst.host))
+	if path, query, _ := strings.Cut(string(x.target), "?"); !x.connect && len(x.dst.host) > 0 {
+		add(logScheme, "http")
+		add(logPath, cmp.Or(path, "/"))
+		if x.srv.cfg.LogQuery {
+			add(logQuery, query)
+		}
+	}
+	if len(x.dst.host) > 0 {
+		x.attrs = append(x.attrs, slog.Int(logPort, int(x.dst.port)), slog.String(logVersion, x.version))
+	}
+	if x.udp {
+		add(logTransport, "udp")
+	}
+	if x.peer != "" {
+		x.attrs = append(x.attrs, slog.String(logPeer, x.peer), slog.Bool(logReused, x.reused))
+	}
+	if x.status != 0 {
+		x.attrs = append(x.attrs, slog.Int(logStatus, x.status))
+	}
+	x.attrs = append(x.attrs, slog.Int64(logUpSize, x.upBytes), slog.Int64(logDownSize, x.downSize),
+		slog.Float64(logDuration, milliseconds(x.end.Sub(x.start))))
+	if f != nil {
+		add(logType, f.token)
+		add(logMessage, f.logged())
+	}
+	add(logClose, x.closed)
+	add(logTrace, x.trace)
+}
+
+func milliseconds(d time.Duration) float64 { return math.Round(d.Seconds()*1e6) / 1e3 }
 
 // cborHandler encodes a record as a map of CBOR (RFC 8949), its length left open; stdout carries a sequence of these (RFC 8742). Values
 // are what JSON would have: times and addresses are texts, durations nanoseconds. Names are flat here, so groups are not told apart.

@@ -165,6 +165,11 @@ type config struct {
 	Listeners              int           `env:"LISTENERS" envDefault:"0"`                    // SO_REUSEPORT listeners per address; 0 = one per usable CPU.
 	Admin                  string        `env:"ADMIN" envDefault:"127.0.0.1:3129"`           // Address of the status page, `/metrics`, `/healthz`, `/readyz`, `/debug/pprof/` and `POST /drain`; `off` = none.
 	Name                   string        `env:"NAME"`                                        // This hop's name in Via and Proxy-Status; a request that carries it in Via has come back and is refused. The default is the host name.
+	TLSCert                string        `env:"TLS_CERT"`                                    // Certificate chain, PEM: TLS is then accepted on SLUICE_LISTEN, too. A file (SLUICE_TLS_CERT_FILE) is read again when it changes.
+	TLSKey                 string        `env:"TLS_KEY"`                                     // Its private key, PEM.
+	TLSClientCA            string        `env:"TLS_CLIENT_CA"`                               // Certificates, PEM: clients must come over TLS, with a certificate that one of these has signed; its name is `user.name` in logs.
+	HTTP2                  bool          `env:"HTTP2" envDefault:"true"`                     // Offer HTTP/2 to clients, over TLS and in plain (prior knowledge).
+	HTTP3                  bool          `env:"HTTP3" envDefault:"false"`                    // Offer HTTP/3 to clients, on the UDP ports of SLUICE_LISTEN; it needs a certificate.
 	AllowClients           prefixes      `env:"ALLOW_CLIENTS" envDefault:"loopback,private"` // Who may connect: CIDRs, addresses, `loopback`, `private`, `all`.
 	Users                  users         `env:"USERS"`                                       // `name:password` or `name:bcrypt-hash`, separated by commas or lines: require Basic proxy authentication.
 	Mode                   string        `env:"MODE" envDefault:"enforce"`                   // `enforce`; `audit` lets pass what SLUICE_ALLOW_HOSTS, SLUICE_DENY_HOSTS and SLUICE_ALLOW_PORTS would deny, and logs it.
@@ -215,8 +220,10 @@ type variable struct{ field, name, def, value, origin, doc string }
 
 // shown is the value as it may be told: one line, and not if it holds secrets.
 func (v *variable) shown() string {
-	if v.name == "USERS" && v.value != "" {
+	if (v.name == "USERS" || v.name == "TLS_KEY") && v.value != "" {
 		return "(redacted)"
+	} else if strings.HasPrefix(v.value, "-----BEGIN ") {
+		return "(PEM)"
 	}
 	return strings.Join(strings.Fields(v.value), " ")
 }
@@ -278,7 +285,7 @@ func gather(environ []string, vars []variable) (values map[string]string, bad co
 			text, err := os.ReadFile(path)
 			if pe, _ := errors.AsType[*os.PathError](err); pe != nil {
 				err = pe.Err // without the path, which may be a secret in the wrong place
-			} else if len(bytes.TrimSpace(text)) == 0 && (v.name == "USERS" || v.name == "ALLOW_HOSTS") {
+			} else if len(bytes.TrimSpace(text)) == 0 && slices.Contains([]string{"USERS", "ALLOW_HOSTS", "TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA"}, v.name) {
 				err = errors.New("is empty, which must not mean that there is no restriction")
 			}
 			if v.value = path; err != nil {
@@ -323,6 +330,9 @@ func (c *config) check(demand func(ok bool, name, reason string)) {
 	}
 	demand(c.Admin == "off" || isAddress(c.Admin, 0), "ADMIN", "is neither an IP address and a port nor off")
 	demand(isToken([]byte(c.Name)), "NAME", "may hold letters, digits and !#$%&'*+-.^_`|~ only (RFC 9110, Via pseudonym)")
+	_, err := newTLS(c.pem())
+	demand(err == nil, "TLS_CERT", fmt.Sprint(err))
+	demand(!c.HTTP3 || c.TLSCert != "", "HTTP3", "needs SLUICE_TLS_CERT and SLUICE_TLS_KEY")
 	demand(c.MaxHeader >= 1024 && c.MaxHeader <= 16<<20, "MAX_HEADER", "must be between 1KiB and 16MiB")
 	demand(c.LogLevel%4 == 0 && c.LogLevel >= slog.LevelDebug && c.LogLevel <= slog.LevelError, "LOG_LEVEL", "is none of debug, info, warn, error")
 	demand(c.LogBuffer > 0, "LOG_BUFFER", "must be at least 1")
@@ -555,6 +565,7 @@ type server struct {
 	listeners []*listener
 	own       []netip.AddrPort // where this process listens, the admin listener included
 	admin     *http.Server
+	front     front  // what speaks TLS, HTTP/2 and HTTP/3 to clients
 	stop      func() // begins the drain, as SIGTERM does
 	started   time.Time
 	vars      []variable // the configuration in force
@@ -602,6 +613,9 @@ func (s *server) listen(ctx context.Context) error {
 		}
 		s.own = append(s.own, addrPort(s.listeners[len(s.listeners)-1].Addr()))
 	}
+	if err := s.openFront(ctx); err != nil {
+		return err
+	}
 	if s.cfg.Admin != "off" {
 		l, err := net.Listen("tcp", s.cfg.Admin)
 		if err != nil {
@@ -641,7 +655,7 @@ func (s *server) drain() {
 	overtime := time.AfterFunc(cmp.Or(s.cfg.DrainTimeout, never), func() { // 0 = never
 		for c := range s.clients.Range {
 			cut.Add(1)
-			go c.(*client).sever() // closing waits for what is computed for the client, such as a hash
+			go c.(*client).sever("drain") // closing waits for what is computed for the client, such as a hash
 		}
 	})
 	s.accepting.Wait()
@@ -654,6 +668,7 @@ func (s *server) drain() {
 	for c := range s.clients.Range {
 		c.(*client).closeIdle()
 	}
+	s.front.drain()
 	<-ended
 	overtime.Stop()
 	s.reached.list(s.log.process)
@@ -666,6 +681,7 @@ func (s *server) close() {
 		l.Close()
 	}
 	s.admin.Close()
+	s.front.close()
 	s.watcher.close()
 	s.pool.close()
 	s.behind.Wait()
@@ -706,6 +722,10 @@ type client struct {
 	over     bool        // no further request is served
 	detached bool        // a tunnel has taken over
 	lingers  bool        // the end is made with care, since unread bytes are about
+	settled  bool        // it speaks HTTP/1
+	conn     *client     // carries this one, a stream of HTTP/2 or 3; nil = this is a connection
+	name     string      // in its certificate
+	proven   bool        // it came over TLS, with the certificate that SLUICE_TLS_CLIENT_CA may ask for
 	rejected bool        // is answered before it sent a request
 	luck     float64     // decides with LOG_SAMPLE whether it is told of
 
@@ -716,7 +736,7 @@ type client struct {
 	severed  bool       // the drain has cut it
 	parked   bool       // no goroutine serves it
 	upstream *upstream  // carries this client's request
-	tunnel   *tunnel    // has taken over, and sees hang-ups itself
+	tunnel   relayer    // has taken over, and sees hang-ups itself
 	giveUp   func()     // ends the lookup or dial under way
 	failed   *failure   // why the upstream connection was closed: the client left, or its body could not be sent on
 }
@@ -752,6 +772,9 @@ func (c *client) serve() {
 	c.srv.watcher.add(&c.watch, c.raw, c)
 	for more := true; more && !c.over; {
 		if more, parked = c.await(); !more {
+			break
+		}
+		if !c.settled && !c.settle() {
 			break
 		}
 		x := c.left
@@ -794,7 +817,7 @@ func (c *client) leave(parked *bool) {
 			x.keep = false
 			x.conclude(fail(500, tokenInternal, "a fault of the proxy's own"))
 		}
-		if c.sever(); x != nil && !c.detached {
+		if c.sever("drain"); x != nil && !c.detached {
 			x.abort()
 		}
 	}
@@ -823,6 +846,10 @@ func (s *server) logPanic(p any) {
 
 // end frees what the connection holds.
 func (c *client) end() {
+	if c.conn != nil { // a stream
+		c.drop()
+		return
+	}
 	c.srv.watcher.remove(&c.watch)
 	if c.counted { // before the client can tell: it may come again at once
 		c.srv.limits.conns.add(struct{}{}, -1)
@@ -860,14 +887,14 @@ func (c *client) abandonLocked() {
 	}
 }
 
-// sever ends the connection and what runs on it: the drain's time is over.
-func (c *client) sever() {
+// sever ends the connection and what runs on it, a tunnel for that reason: the drain's time is over, or a stream is gone.
+func (c *client) sever(reason string) {
 	c.mu.Lock()
 	c.severed, c.gone = true, true
 	t := c.tunnel
 	c.mu.Unlock()
 	if t != nil {
-		t.end("drain")
+		t.end(reason)
 		return
 	}
 	c.abandon()
@@ -879,7 +906,7 @@ func (c *client) sever() {
 
 // track notes what carries the client's request, or how to end the dial under way, or the tunnel that has taken over. It reports
 // whether the drain came first.
-func (c *client) track(up *upstream, giveUp func(), t *tunnel) (severed bool) {
+func (c *client) track(up *upstream, giveUp func(), t relayer) (severed bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.upstream, c.giveUp, c.tunnel, c.failed = up, giveUp, t, nil
@@ -999,16 +1026,20 @@ const bufferSize = 16 << 10
 type wire struct {
 	srv  *server
 	tcp  stream
-	raw  syscall.RawConn // of tcp
+	raw  syscall.RawConn // of the socket below
 	buf  []byte          // nil while nothing is held
 	r, w int             // buf[r:w] is unused
 	io   wireIO
+
+	coded bool // bytes go through tcp, never directly to raw: TLS, or a stream of HTTP/2 or 3
 }
 
 func (w *wire) attach(srv *server, conn stream) {
 	w.srv, w.tcp = srv, conn
-	w.raw, _ = conn.SyscallConn() // fails on nil only
-	w.io.prepare(w)
+	w.raw, _ = conn.SyscallConn()
+	if w.coded = w.raw == nil; !w.coded {
+		w.io.prepare(w)
+	}
 }
 
 func (w *wire) buffered() int  { return w.w - w.r }
@@ -1426,9 +1457,11 @@ type summary struct {
 	method, target    []byte    // slices of line; target is what the origin gets: path and query, "*", for CONNECT nothing
 	dst               destination
 	connect, reused   bool        // the method is CONNECT; the upstream connection came from the pool
-	minor, status     int         // HTTP/1.minor of the request; what it was answered with
+	version           string      // of HTTP in the request
+	status            int         // what it was answered with
 	upBytes, downSize int64       // of the bodies or the tunnel
 	peer, trace, user string      // the address it went to; traceparent's trace-id; who was authenticated
+	udp               bool        // the tunnel is one for datagrams (RFC 9298)
 	first             bool        // the first contact with its destination
 	closed            string      // why a tunnel ended
 	luck              float64     // decides with LOG_SAMPLE whether it is told of
@@ -1451,6 +1484,7 @@ type exchange struct {
 	inTunnels         bool       // is counted in limits.tunnels
 	keep, lingers     bool       // the client connection serves another request; is closed with care, since unread bytes are about
 	truncated         bool       // the client is to be reset, since it could not tell otherwise
+	broken            bool       // the response has not come to its end
 
 	uploaded chan struct{} // closed when sendBody ends
 	sent     atomic.Bool   // it has sent all
@@ -1475,6 +1509,8 @@ func (x *exchange) serve() {
 	case f != nil:
 	case x.inTunnels && !x.srv.limits.tunnels.add(struct{}{}, 1):
 		f, x.inTunnels = fail(503, tokenLimit, "%d tunnels are open, as many as there may be (SLUICE_MAX_TUNNELS)", x.srv.cfg.MaxTunnels), false
+	case x.connect && x.udp:
+		f = x.flow()
 	case x.connect:
 		f = x.tunnel()
 	case x.req.forwards == 0 && x.countsForwards():
@@ -1498,12 +1534,12 @@ func (x *exchange) conclude(f *failure) {
 	if f != nil && !x.begun && f.status != 0 {
 		x.answer(f)
 	} else if f != nil {
-		x.keep = false
+		x.keep, x.broken = false, true
 	}
 	if x.end.IsZero() {
 		x.end = time.Now()
 	}
-	x.minor, x.downSize = x.req.minor, x.respBody.size
+	x.version, x.downSize = x.received(&x.req), x.respBody.size
 	x.record(f)
 }
 
@@ -1671,6 +1707,8 @@ func (x *exchange) admit() *failure {
 	switch wait := x.srv.limits.rates.take(x.c.site); {
 	case x.failure != nil:
 		return x.failure
+	case x.srv.cfg.TLSClientCA != "" && !x.c.proven:
+		return fail(403, tokenDenied, "clients must come over TLS, with a certificate (SLUICE_TLS_CLIENT_CA)")
 	case wait > 0:
 		f := fail(429, tokenDenied, "more than %d requests a second come from %s (SLUICE_RATE, SLUICE_RATE_BURST)", x.srv.cfg.Rate, x.c.site)
 		f.fields = fmt.Sprintf("Retry-After: %.0f\r\n", math.Ceil(wait.Seconds()))
@@ -1758,7 +1796,7 @@ func (c *contacts) list(log *slog.Logger) {
 
 // authenticate takes note of who asks, where SLUICE_USERS wants to know.
 func (x *exchange) authenticate() (f *failure) {
-	if len(x.srv.cfg.Users) == 0 {
+	if x.user = x.c.name; len(x.srv.cfg.Users) == 0 {
 		return nil
 	}
 	g, token, digest := x.srv.gate, x.req.credentials, x.srv.gate.digest(x.req.credentials)
@@ -2068,15 +2106,8 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	defer cancel()
 	x.c.track(nil, cancel, nil)
 	defer x.c.track(nil, nil, nil)
-	addrs := []netip.Addr{x.dst.ip}
-	if !x.dst.ip.IsValid() {
-		var err error
-		if addrs, err = x.srv.names.resolve(ctx, string(x.dst.host)); err != nil {
-			return nil, x.dialFailure(err)
-		}
-	}
-	allowed, f := x.judge(addrs)
-	if len(allowed) == 0 {
+	allowed, f := x.locate(ctx)
+	if f != nil {
 		return nil, f
 	}
 	hosts, key := &x.srv.limits.hosts, string(x.dst.key)
@@ -2098,6 +2129,20 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	x.srv.metrics.upstreams.Add(1)
 	x.first, up.requests = x.srv.reached.first(&x.dst) // a connection of the pool is to one that is known
 	return up, nil
+}
+
+// locate gives the addresses of the destination that may be dialled.
+func (x *exchange) locate(ctx context.Context) (allowed []netip.AddrPort, f *failure) {
+	addrs, err := []netip.Addr{x.dst.ip}, error(nil)
+	if !x.dst.ip.IsValid() {
+		if addrs, err = x.srv.names.resolve(ctx, string(x.dst.host)); err != nil {
+			return nil, x.dialFailure(err)
+		}
+	}
+	if allowed, f = x.judge(addrs); len(allowed) > 0 {
+		f = nil // of one that was not
+	}
+	return allowed, f
 }
 
 // dialFailure says why there is no connection.
@@ -2224,7 +2269,7 @@ func (x *exchange) appendRequest(b []byte) []byte {
 
 // appendFields appends what passes through of h, this hop's Via, and framing.
 func (x *exchange) appendFields(b []byte, h *head, chunked bool, length int64) []byte {
-	b = append(append(h.appendKept(b), "Via: 1."...), '0'+byte(h.minor), ' ')
+	b = append(append(append(h.appendKept(b), "Via: "...), x.received(h)...), ' ')
 	b = append(b, x.srv.hop...)
 	if chunked {
 		return append(b, "Transfer-Encoding: chunked\r\n"...)
@@ -2232,6 +2277,16 @@ func (x *exchange) appendFields(b []byte, h *head, chunked bool, length int64) [
 		return appendNumber(b, "Content-Length: ", length)
 	}
 	return b
+}
+
+// received is the version of HTTP that a head came with.
+func (x *exchange) received(h *head) string {
+	if h == &x.req && x.c.conn != nil {
+		return x.c.tcp.(*muxed).version
+	} else if h.minor == 0 {
+		return "1.0"
+	}
+	return "1.1"
 }
 
 func appendNumber(b []byte, name string, n int64) []byte {
@@ -2349,7 +2404,12 @@ func (x *exchange) armClient() {
 }
 
 // armOrigin sets the limit for the origin's next bytes of a body.
-func (x *exchange) armOrigin() { x.c.upstream.readBy(x.srv.cfg.BodyTimeout) }
+func (x *exchange) armOrigin() {
+	if m, ok := x.c.tcp.(*muxed); ok {
+		m.flush() // what is written so far need not wait, too
+	}
+	x.c.upstream.readBy(x.srv.cfg.BodyTimeout)
+}
 
 // receive reads the origin's answer and passes it on.
 func (x *exchange) receive(up *upstream) *failure {
@@ -2414,8 +2474,8 @@ func (x *exchange) respond(up *upstream) *failure {
 	if x.status == 204 {
 		length = -1 // RFC 9110, 8.6
 	}
-	chunked := x.respBody.framing != bodyLength && x.req.minor == 1
-	untilClose := x.respBody.framing != bodyLength && !chunked // the end of the connection is the end of the body
+	chunked := x.respBody.framing != bodyLength && x.req.minor == 1 && x.c.conn == nil // streams have an end of their own
+	untilClose := x.respBody.framing != bodyLength && !chunked                         // the end of the connection is the end of the body
 	x.keep = x.keep && !untilClose && x.reqBody.ended.Load() && !x.srv.draining.Load()
 	b := x.appendHead(x.in[:0], chunked, length)
 	if !x.resp.dated {
@@ -2674,7 +2734,7 @@ func (o *bodyWriter) copy(b *body, beforeRead func()) (readErr, writeErr error) 
 				return err, nil
 			}
 		}
-		if b.framing == bodyLength && b.left >= spliceFrom {
+		if b.framing == bodyLength && b.left >= spliceFrom && !b.w.coded && !o.dst.coded {
 			if readErr, writeErr = o.splice(b, beforeRead); readErr != nil || writeErr != nil {
 				return readErr, writeErr
 			}
@@ -2848,85 +2908,27 @@ func (x *exchange) tell(b []byte) *failure {
 
 // Field names, after OpenTelemetry's semantic conventions.
 const (
-	logClient   = "client.address"
-	logUser     = "user.name"
-	logMethod   = "http.request.method"
-	logScheme   = "url.scheme"
-	logPath     = "url.path"
-	logQuery    = "url.query"
-	logServer   = "server.address"
-	logPort     = "server.port"
-	logVersion  = "network.protocol.version"
-	logPeer     = "network.peer.address"
-	logStatus   = "http.response.status_code"
-	logUpSize   = "http.request.body.size"
-	logDownSize = "http.response.body.size"
-	logDuration = "duration_ms"
-	logReused   = "upstream_reused"
-	logType     = "error.type"
-	logMessage  = "error.message"
-	logClose    = "close_reason"
-	logTrace    = "trace_id"
+	logClient    = "client.address"
+	logUser      = "user.name"
+	logMethod    = "http.request.method"
+	logScheme    = "url.scheme"
+	logPath      = "url.path"
+	logQuery     = "url.query"
+	logServer    = "server.address"
+	logPort      = "server.port"
+	logVersion   = "network.protocol.version"
+	logTransport = "network.transport" // of a tunnel for datagrams; else it is TCP
+	logPeer      = "network.peer.address"
+	logStatus    = "http.response.status_code"
+	logUpSize    = "http.request.body.size"
+	logDownSize  = "http.response.body.size"
+	logDuration  = "duration_ms"
+	logReused    = "upstream_reused"
+	logType      = "error.type"
+	logMessage   = "error.message"
+	logClose     = "close_reason"
+	logTrace     = "trace_id"
 )
-
-// record writes the one record of an exchange: info when served or given up by the client, warn when refused or not possible.
-func (x *summary) record(f *failure) {
-	level, msg := slog.LevelInfo, "request"
-	if x.connect {
-		msg = "tunnel"
-	}
-	if f != nil && f.token == tokenInternal {
-		level = slog.LevelError
-	} else if f != nil && f.token != tokenClient {
-		level = slog.LevelWarn
-	}
-	x.srv.metrics.count(x, f)
-	if log := x.srv.log; log.wants(level, x.luck, x.first) {
-		x.describe(f)
-		r := slog.NewRecord(x.end, level, msg, 0)
-		r.AddAttrs(slog.Attr{Value: slog.GroupValue(x.attrs...)}) // a group without a name stands for its members, uncopied
-		log.process.Handler().Handle(context.Background(), r)
-	}
-}
-
-// describe lists what a record tells of x.
-func (x *summary) describe(f *failure) {
-	add := func(name, value string) {
-		if value != "" {
-			x.attrs = append(x.attrs, slog.String(name, value[:min(len(value), 1024)])) // some are a client's choice
-		}
-	}
-	add(logClient, x.c.addr.String())
-	add(logUser, x.user)
-	add(logMethod, string(x.method))
-	add(logServer, string(x.dst.host))
-	if path, query, _ := strings.Cut(string(x.target), "?"); !x.connect && len(x.dst.host) > 0 {
-		add(logScheme, "http")
-		add(logPath, cmp.Or(path, "/"))
-		if x.srv.cfg.LogQuery {
-			add(logQuery, query)
-		}
-	}
-	if len(x.dst.host) > 0 {
-		x.attrs = append(x.attrs, slog.Int(logPort, int(x.dst.port)), slog.String(logVersion, "1."+strconv.Itoa(x.minor)))
-	}
-	if x.peer != "" {
-		x.attrs = append(x.attrs, slog.String(logPeer, x.peer), slog.Bool(logReused, x.reused))
-	}
-	if x.status != 0 {
-		x.attrs = append(x.attrs, slog.Int(logStatus, x.status))
-	}
-	x.attrs = append(x.attrs, slog.Int64(logUpSize, x.upBytes), slog.Int64(logDownSize, x.downSize),
-		slog.Float64(logDuration, milliseconds(x.end.Sub(x.start))))
-	if f != nil {
-		add(logType, f.token)
-		add(logMessage, f.logged())
-	}
-	add(logClose, x.closed)
-	add(logTrace, x.trace)
-}
-
-func milliseconds(d time.Duration) float64 { return math.Round(d.Seconds()*1e6) / 1e3 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Platform contract
@@ -2936,7 +2938,6 @@ func milliseconds(d time.Duration) float64 { return math.Round(d.Seconds()*1e6) 
 //	(*server).openListeners      appends to server.listeners one listener for an address, or where they can share it, one per CPU
 //	(*server).accept(ctx, l)     has connections served until ctx ends, and those that wait then. Errors are said once and waited out
 //	sockets                      what they need; close frees what is kept
-//	stream                       a connection: the methods of *net.TCPConn that are used
 //	(*server).dial(ctx, addrs)   connects to the first address that answers, until ctx ends; an error is a *net.OpError, with that of ctx
 //	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, sets the heap's limit, checks (TUNE=apply: writes) sysctls, warns of what falls short and
 //	                             gives that as []finding, nil where nothing was checked
@@ -2956,7 +2957,6 @@ func milliseconds(d time.Duration) float64 { return math.Round(d.Seconds()*1e6) 
 //	(*client).await              waits for a request, holding no buffer, and may serve those that need nothing more from the client;
 //	                             more = there is one to be read, or left. After parkAfter it may have the watcher call serve when
 //	                             there is something to read: parked, until unpark returns true
-//	tunnel                       carries bytes both ways until both have ended (RFC 9110, 9.3.6), passing half-closes on
-//	(*exchange).relay(up)        hands the exchange, its client's connection and up over to a tunnel, perhaps until that has ended
-//	(*tunnel).end(reason)        ends it; the first reason to do so stays
+//	(*exchange).relay(up)        hands the exchange, its client's connection and up over to a relayer, perhaps until that has ended, which
+//	                             carries bytes both ways until both have ended (RFC 9110, 9.3.6), passing half-closes on
 //	(*bodyWriter).splice         moves the rest of a body in the kernel, or nothing

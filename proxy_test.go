@@ -725,7 +725,7 @@ func openPipes() (n int) {
 func TestTidy(t *testing.T) {
 	fset := token.NewFileSet()
 	variables := 0
-	for _, name := range []string{"proxy.go", "observe.go", "tune_linux.go", "tune_other.go"} {
+	for _, name := range []string{"proxy.go", "front.go", "observe.go", "tune_linux.go", "tune_other.go"} {
 		file, err := parser.ParseFile(fset, name, nil, 0)
 		if err != nil {
 			t.Fatal(err)

@@ -215,17 +215,6 @@ func (s *sockets) keepAlive(fd int) error {
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(min(s.deadPeer.Milliseconds(), math.MaxInt32))))
 }
 
-// stream is a socket; tests have others.
-type stream interface {
-	io.ReadWriteCloser
-	syscall.Conn
-	CloseRead() error
-	CloseWrite() error
-	SetLinger(seconds int) error
-	SetReadDeadline(time.Time) error
-	SetWriteDeadline(time.Time) error
-}
-
 // socket is a connection. Package net spends more on one: six system calls that tell nothing new, a goroutine that waits for ctx, and
 // so many frames that the stack has to grow; together 5% of what a tunnel costs.
 type socket struct {
@@ -479,7 +468,7 @@ func (w *wire) readWithin(now time.Time, limit time.Duration) {
 		return
 	}
 	o.until = now.Add(limit)
-	if o.timer.IsZero() || o.until.Before(o.timer) {
+	if o.timer.IsZero() || o.until.Before(o.timer) || w.coded { // a stream that was told of the end of its time has ended
 		o.timer = o.until
 		w.tcp.SetReadDeadline(o.timer)
 	}
@@ -511,6 +500,9 @@ func (w *wire) fill() error {
 }
 
 func (w *wire) write(limit time.Duration, a, b, c []byte) error {
+	if w.coded {
+		return w.writeCoded(limit, a, b, c)
+	}
 	single := len(b) == 0 && len(c) == 0
 	if single && w.io.fd > 0 {
 		if a = a[sendNow(w.io.fd, a):]; len(a) == 0 {
@@ -645,7 +637,9 @@ func (w *wire) readNow(fd uintptr) bool {
 const parkAfter = time.Second
 
 func (c *client) await() (more, parked bool) {
-	if c.io.served == nil {
+	if c.coded {
+		return c.awaitCoded(), false
+	} else if c.io.served == nil {
 		c.io.served = c.serveNow
 	}
 	c.now = time.Now()
@@ -728,6 +722,9 @@ func (c *client) serveNow(fd uintptr) bool {
 // step serves the requests that are here as far as they need nothing more from the client, so that it can run inside the wait
 // for that. It returns false when something is left to serve (left, or the beginning of a request), or nothing is to come (over).
 func (c *client) step() bool {
+	if !c.settled && c.speaksOther() {
+		return false
+	}
 	for c.buffered() > 0 && !c.over {
 		end, _, err := sectionEnd(c.unused(), 0)
 		if end == 2 { // a stray empty line is no request (RFC 9112, 2.2)
@@ -1165,8 +1162,12 @@ type direction struct {
 
 // relay hands x, its client's connection and up over to a tunnel.
 func (x *exchange) relay(up *upstream) {
+	if x.c.coded {
+		x.relayBuffered(up)
+		return
+	}
 	t := &tunnel{x: x.summary, up: up, since: time.Now(), open: 2}
-	t.x.peer, t.x.minor, t.x.attrs = up.peer, x.req.minor, nil
+	t.x.peer, t.x.version, t.x.attrs = up.peer, x.received(&x.req), nil
 	x.line, x.dst.key = nil, nil // t has them
 	c := x.c
 	t.onward = direction{t: t, dst: &up.wire, src: &c.wire, watch: &c.watch, closed: "client_closed"}
