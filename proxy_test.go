@@ -1370,7 +1370,7 @@ func TestMalformedRequests(t *testing.T) {
 
 // TestNotHTTP speaks other protocols, of which no line may ever end.
 func TestNotHTTP(t *testing.T) {
-	p := startProxy(t)
+	p := startProxy(t, "HTTP2=false")
 	for name, hello := range map[string]string{"TLS": "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "SOCKS5": "\x05\x01\x00", "SOCKS4": "\x04\x01\x00\x50\x7f\x00\x00\x01\x00",
 		"h2c": "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "PROXY": "PROXY TCP4 127.0.0.1 127.0.0.1 1 2\r\n\r\n"} {
 		t.Run(name, func(t *testing.T) {
