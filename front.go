@@ -573,9 +573,14 @@ func (m *muxed) head(limit time.Duration) ([]byte, *failure) {
 		m.key = base64.StdEncoding.EncodeToString(binary16())
 		b = fmt.Appendf(b, "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: %s\r\n", m.key)
 		lines += 3
-	} else if m.chunked = method != "CONNECT" && m.isBodyOpen(limit); m.chunked {
-		b = append(b, "Transfer-Encoding: chunked\r\n"...)
-		lines++
+	} else if method != "CONNECT" {
+		var f *failure
+		if m.chunked, f = m.isBodyOpen(limit); f != nil {
+			return nil, f
+		} else if m.chunked {
+			b = append(b, "Transfer-Encoding: chunked\r\n"...)
+			lines++
+		}
 	}
 	if b = append(b, "\r\n"...); bytes.Count(b, []byte{'\n'}) != lines || len(r.Header["Transfer-Encoding"])+len(r.Header["Connection"])+len(r.Header["Upgrade"]) > 0 {
 		return nil, fail(400, tokenRequest, "a field is not one of HTTP/%s", m.version)
@@ -590,26 +595,30 @@ func binary16() []byte {
 }
 
 // isBodyOpen reports whether there is a body whose length is not told. Of a method that has none as a rule that is known when the
-// first byte of it has come, or its end.
-func (m *muxed) isBodyOpen(limit time.Duration) bool {
+// first byte of it has come, or its end; until then the request is not whole enough to be sent on.
+func (m *muxed) isBodyOpen(limit time.Duration) (open bool, f *failure) {
 	if _, told := m.r.Header["Content-Length"]; told || m.r.Body == nil || m.r.Body == http.NoBody || m.r.ContentLength == 0 && m.version == "2" {
-		return false
+		return false, nil
 	}
 	switch m.r.Method {
 	case "GET", "HEAD", "OPTIONS", "TRACE", "DELETE":
 	default:
-		return true
+		return true, nil
 	}
 	m.SetReadDeadline(deadline(limit))
 	var first [1]byte
 	n, err := m.r.Body.Read(first[:])
 	m.SetReadDeadline(time.Time{})
-	if n == 0 && err == io.EOF {
-		m.ended = true
-		return false
+	m.first, m.ended = first[:n], n == 0 && err == io.EOF
+	switch {
+	case n > 0 || err == nil: // nothing and no error: trailers
+		return true, nil
+	case m.ended:
+		return false, nil
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return false, fail(408, tokenRequest, "the request's end did not come within %v (SLUICE_HEADER_TIMEOUT)", limit)
 	}
-	m.first = first[:n]
-	return true
+	return false, fail(0, tokenClient, "the client left").because(err)
 }
 
 func (m *muxed) Read(p []byte) (n int, err error) {
