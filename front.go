@@ -736,13 +736,13 @@ func (m *muxed) writeHead(head string) error {
 		}
 	}
 	m.begun, m.tunnel = true, m.r.Method == "CONNECT" && status/100 == 2
-	if m.w.WriteHeader(status); !m.tunnel {
+	if m.w.WriteHeader(status); !m.tunnel && m.r.Method != "HEAD" { // to which quic-go would add a Content-Length of 0 in the end
 		return nil
 	}
 	if err := m.flush(); err != nil {
 		return err
 	}
-	if t, ok := m.w.(http3.HTTPStreamer); ok {
+	if t, ok := m.w.(http3.HTTPStreamer); ok && m.tunnel {
 		var err error
 		m.h3, err = t.HTTPStream()
 		return err
