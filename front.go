@@ -628,7 +628,10 @@ func (m *muxed) Read(p []byte) (n int, err error) {
 	case m.r.Body == nil || m.ended && len(m.early) == 0:
 		return 0, io.EOF
 	case !m.chunked:
-		return m.r.Body.Read(p)
+		if n, err = m.r.Body.Read(p); err != nil && err != io.EOF {
+			return 0, err // what came with it may be all that is waited for: more than Content-Length has is malformed (RFC 9114, 4.1.2)
+		}
+		return n, err
 	}
 	if len(m.early) == 0 {
 		if err = m.readChunk(); err != nil {
