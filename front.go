@@ -622,6 +622,16 @@ func (m *muxed) isBodyOpen(limit time.Duration) (open bool, f *failure) {
 }
 
 func (m *muxed) Read(p []byte) (n int, err error) {
+	if !m.closed.Load() {
+		n, err = m.read(p)
+	}
+	if n == 0 && m.closed.Load() {
+		err = net.ErrClosed // not that a deadline has passed, which is taken for one that fires early
+	}
+	return n, err
+}
+
+func (m *muxed) read(p []byte) (n int, err error) {
 	switch {
 	case m.h3 != nil:
 		return m.h3.Read(p)
@@ -771,7 +781,13 @@ func (m *muxed) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-func (m *muxed) SetReadDeadline(t time.Time) error { return m.control.SetReadDeadline(t) }
+func (m *muxed) SetReadDeadline(t time.Time) error {
+	err := m.control.SetReadDeadline(t)
+	if m.closed.Load() { // which set one first, or after this
+		err = m.control.SetReadDeadline(time.Unix(1, 0))
+	}
+	return err
+}
 
 func (m *muxed) SyscallConn() (syscall.RawConn, error) { return nil, errors.ErrUnsupported }
 
