@@ -457,8 +457,13 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 	}
 	c := &client{addr: conn.addr, site: conn.site, name: conn.name, proven: conn.proven, luck: conn.luck, conn: conn, settled: true}
 	c.attach(s, m)
-	stop := context.AfterFunc(r.Context(), c.lose)
-	defer stop()
+	lost := make(chan struct{})
+	stop := context.AfterFunc(r.Context(), func() { defer close(lost); c.lose() })
+	defer func() {
+		if !stop() {
+			<-lost // net/http's writer must not be used when this has returned
+		}
+	}()
 	if !c.serveOne(m) {
 		m.abort()
 	} else if m.h3 != nil {
