@@ -474,14 +474,22 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 
 // lose ends what a stream does that its client has given up, or that went down with its connection.
 func (c *client) lose() {
-	c.conn.mu.Lock()
-	severed := c.conn.severed
-	c.conn.mu.Unlock()
-	if severed {
-		c.sever("drain")
-	} else {
-		c.sever("connection_error")
+	if m := c.tcp.(*muxed); !m.finished.Load() {
+		c.sever(c.lossReason())
 	}
+}
+
+// lossReason is why what runs for a client ends that is severed.
+func (c *client) lossReason() string {
+	if c.conn == nil {
+		return "drain"
+	}
+	c.conn.mu.Lock()
+	defer c.conn.mu.Unlock()
+	if c.conn.severed {
+		return "drain"
+	}
+	return "connection_error"
 }
 
 // serveOne serves the one exchange of a stream, and reports whether that came to a good end.
@@ -541,6 +549,8 @@ type muxed struct {
 	writing atomic.Bool
 	closed  atomic.Bool
 	cut     atomic.Bool // the end is not to look like a good one
+
+	finished atomic.Bool // all is sent: the request's context ends with that, the client's side may go on
 }
 
 // head writes the request as the head of an HTTP/1.1 message. Since that is what is parsed, a line more than those meant would be a
@@ -809,6 +819,7 @@ func (m *muxed) CloseWrite() error {
 	if m.h3 == nil {
 		return errors.ErrUnsupported
 	}
+	m.finished.Store(true)
 	return m.h3.Close()
 }
 
@@ -864,7 +875,7 @@ func (x *exchange) relayBuffered(up *upstream) {
 		end.SetWriteDeadline(time.Time{})
 	}
 	if c.track(nil, nil, t) {
-		t.end("drain")
+		t.end(c.lossReason())
 	}
 	c.srv.exchanges.Put(x)
 	t.mu.Lock()
@@ -902,7 +913,7 @@ func (t *buffered) carry(dst, src *wire, closed string) (total int64) {
 				}
 				return total
 			} else if err != nil {
-				t.fail()
+				t.end("connection_error")
 				return total
 			}
 		}
@@ -910,7 +921,7 @@ func (t *buffered) carry(dst, src *wire, closed string) (total int64) {
 		n, err := dst.tcp.Write(p)
 		t.x.srv.metrics.moved(n, dst == &t.x.c.wire)
 		if total += int64(n); err != nil {
-			t.fail()
+			t.end("connection_error")
 			return total
 		}
 		t.note("")
@@ -929,23 +940,16 @@ func (t *buffered) note(closed string) (first string) {
 	return first
 }
 
-// fail ends the tunnel so that neither side takes what it got for everything.
-func (t *buffered) fail() {
-	t.mu.Lock()
-	ended := t.ended
-	t.mu.Unlock()
-	if !ended {
-		t.up.tcp.SetLinger(0)
-		t.x.c.tcp.SetLinger(0)
-		t.end("connection_error")
-	}
-}
-
+// end ends the tunnel, after an error so that neither side takes what it got for everything.
 func (t *buffered) end(reason string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if !t.ended {
 		t.ended, t.reason = true, reason
+		if reason == "connection_error" {
+			t.up.tcp.SetLinger(0)
+			t.x.c.tcp.SetLinger(0)
+		}
 		t.up.tcp.Close()
 		t.x.c.tcp.Close()
 	}
@@ -1051,7 +1055,7 @@ func (t *flow) carry() {
 	t.cancel, t.timer = cancel, time.AfterFunc(0, t.tick)
 	t.mu.Unlock()
 	if t.x.c.track(nil, nil, t) {
-		t.end("drain")
+		t.end(t.x.c.lossReason())
 	}
 	var others sync.WaitGroup
 	others.Go(t.fromOrigin)
