@@ -576,7 +576,7 @@ func (m *muxed) head(limit time.Duration) ([]byte, *failure) {
 	b := fmt.Appendf(nil, "%s %s HTTP/1.1\r\nHost: %s\r\n", method, target, r.Host)
 	lines := 3
 	for name, values := range r.Header {
-		if name == ":protocol" || name == "Host" {
+		if name == ":protocol" || name == "Host" || name == "Sec-Websocket-Key" && m.protocol == "websocket" {
 			continue
 		}
 		for _, v := range values {
@@ -746,11 +746,7 @@ func (m *muxed) writeHead(head string) error {
 			h[name] = append(h[name], strings.Trim(value, " \t"))
 		}
 	}
-	if status == 101 {
-		digest := sha1.Sum([]byte(m.key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) // RFC 6455, 4.2.2
-		if h.Get("Sec-WebSocket-Accept") != base64.StdEncoding.EncodeToString(digest[:]) {
-			return errors.New("the origin's 101 does not answer this hop's key")
-		}
+	if status == 101 { // was checked by mistaken
 		h.Del("Sec-WebSocket-Accept")
 		status = 200
 	} else if status < 200 {
@@ -776,6 +772,23 @@ func (m *muxed) writeHead(head string) error {
 		return err
 	}
 	return nil
+}
+
+// mistaken says what makes an answer one that the client of an extended CONNECT would take for a WebSocket, and that is none.
+func (m *muxed) mistaken(status int, head []byte) error {
+	if m.protocol != "websocket" || status != 101 && status/100 != 2 {
+		return nil
+	} else if status != 101 {
+		return fault("no WebSocket, for which the request asks")
+	}
+	digest := sha1.Sum([]byte(m.key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) // RFC 6455, 4.2.2
+	for line := range bytes.Lines(head) {
+		name, value, _ := bytes.Cut(line, []byte{':'})
+		if equalFold(name, "sec-websocket-accept") && string(bytes.TrimSpace(value)) == base64.StdEncoding.EncodeToString(digest[:]) {
+			return nil
+		}
+	}
+	return fault("the 101 does not answer this hop's key")
 }
 
 // setTrailers has the fields sent that followed a chunked body.

@@ -2420,6 +2420,9 @@ func (x *exchange) receive(up *upstream) *failure {
 		}
 		x.resp.reset(raw)
 		status, err := x.resp.parseStatus()
+		if m, ok := x.c.tcp.(*muxed); ok && err == nil {
+			err = m.mistaken(status, raw)
+		}
 		switch {
 		case err != nil:
 			return x.upstreamFailure(err)
