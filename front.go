@@ -1087,6 +1087,9 @@ func (t *flow) end(reason string) {
 	defer t.mu.Unlock()
 	if t.reason == "" {
 		t.reason = reason
+		if reason == "connection_error" {
+			t.m.SetLinger(0)
+		}
 		t.cancel()
 		t.udp.Close()
 		t.m.Close()
@@ -1163,7 +1166,6 @@ func (t *flow) capsules() {
 			err = capsule.Discard()
 		}
 		if err != nil {
-			t.m.SetLinger(0)
 			t.end("connection_error")
 			return
 		}
@@ -1181,7 +1183,6 @@ func (t *flow) fromOrigin() {
 	for {
 		n, err := t.udp.Read(buf[room:])
 		if err != nil { // refused, as an ICMP message said, or closed by end
-			t.m.SetLinger(0)
 			t.end("connection_error")
 			return
 		} else if n == len(buf)-room {
