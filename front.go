@@ -791,6 +791,20 @@ func (m *muxed) mistaken(status int, head []byte) error {
 	return fault("the 101 does not answer this hop's key")
 }
 
+// takesDatagrams reports whether the client has said that it takes datagrams of QUIC for its stream (RFC 9297, 2.1.1).
+func (m *muxed) takesDatagrams() bool {
+	conn, ok := m.w.(http3.Settingser)
+	if !ok || m.h3 == nil {
+		return false
+	}
+	select {
+	case <-conn.ReceivedSettings():
+		return conn.Settings().EnableDatagrams
+	default:
+		return false
+	}
+}
+
 // setTrailers has the fields sent that followed a chunked body.
 func (m *muxed) setTrailers(lines []byte) {
 	for line := range strings.SplitSeq(string(lines), "\r\n") {
@@ -1188,16 +1202,21 @@ func (t *flow) fromOrigin() {
 		} else if n == len(buf)-room {
 			continue // there may be more of it
 		}
-		if t.m.h3 != nil {
-			buf[room-1] = 0
-			err = t.m.h3.SendDatagram(buf[room-1 : room+n])
+		buf[room-1] = 0
+		if t.m.takesDatagrams() {
+			if err = t.m.h3.SendDatagram(buf[room-1 : room+n]); err != nil {
+				continue
+			}
 		} else {
-			head := append(quicvarint.Append([]byte{capsuleDatagram}, uint64(n+1)), 0)
-			err = t.x.c.write(t.x.srv.cfg.BodyTimeout, append(buf[:room-len(head)], buf[room-len(head):room+n]...)[room-len(head):], nil, nil)
+			head := quicvarint.Append([]byte{capsuleDatagram}, uint64(n+1))
+			at := room - 1 - len(head)
+			copy(buf[at:], head)
+			if t.x.c.write(t.x.srv.cfg.BodyTimeout, buf[at:room+n], nil, nil) != nil { // a part may have been sent: no capsule can follow
+				t.end("connection_error")
+				return
+			}
 		}
-		if err == nil {
-			t.moved(n, &t.down)
-		}
+		t.moved(n, &t.down)
 	}
 }
 
