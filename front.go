@@ -1138,9 +1138,12 @@ func (t *flow) toOrigin(datagram []byte) {
 	id, n, err := quicvarint.Parse(datagram)
 	if err != nil || id != 0 {
 		return
-	}
-	if n, err = t.udp.Write(datagram[n:]); err == nil { // what it may refuse, such as one that is too long, is lost as datagrams are
+	} else if len(datagram)-n > maxUDP {
+		t.end("connection_error")
+	} else if n, err = t.udp.Write(datagram[n:]); err == nil { // what it may refuse, such as one that is too long, is lost as datagrams are
 		t.moved(n, &t.up)
+	} else if errors.Is(err, syscall.ECONNREFUSED) { // that of one before, of which the reader is not told then
+		t.end("connection_error")
 	}
 }
 
@@ -1171,7 +1174,9 @@ func (t *flow) capsules() {
 		if err == io.EOF {
 			t.end("client_closed")
 			return
-		} else if err == nil && kind == capsuleDatagram && capsule.Remaining() <= 1<<16 {
+		} else if err == nil && kind == capsuleDatagram && capsule.Remaining() > maxUDP+8 {
+			err = errors.New("a capsule that is too long for a datagram")
+		} else if err == nil && kind == capsuleDatagram {
 			var b []byte
 			if b, err = io.ReadAll(capsule); err == nil {
 				t.toOrigin(b)
@@ -1186,7 +1191,10 @@ func (t *flow) capsules() {
 	}
 }
 
-const capsuleDatagram = 0 // RFC 9297, 5.4
+const (
+	capsuleDatagram = 0     // RFC 9297, 5.4
+	maxUDP          = 65527 // bytes of a payload; more ends the tunnel (RFC 9298, 5)
+)
 
 // fromOrigin passes on what comes. What is too long for the client's path is dropped, as routers do.
 func (t *flow) fromOrigin() {
