@@ -1235,19 +1235,21 @@ func (t *flow) fromOrigin() {
 // both had it, the kernel would give packets to either.
 func (s *server) openQUIC(ctx context.Context, addr netip.AddrPort) error {
 	os.Setenv("QUIC_GO_DISABLE_RECEIVE_BUFFER_WARNING", "true") // it goes to stderr
-	conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(addr))
+	listener, err := s.listenQUIC(addr)
 	if err == nil {
-		return s.listenQUIC(ctx, conn)
+		s.run(&s.accepting, func() { s.acceptQUIC(ctx, listener) })
+		return nil
 	} else if !errors.Is(err, syscall.EADDRINUSE) {
 		return err
 	}
 	s.log.process.Warn("UDP port is in use: HTTP/3 waits for it", logMessage, err.Error())
-	s.run(&s.behind, func() {
+	s.run(&s.accepting, func() { // the drain waits for this to have ended before it looks for clients
 		for ctx.Err() == nil {
-			if conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(addr)); err == nil {
-				if err = s.listenQUIC(ctx, conn); err != nil {
-					s.log.process.Error("no HTTP/3", logType, tokenInternal, logMessage, err.Error())
-				}
+			if listener, err := s.listenQUIC(addr); err == nil {
+				s.acceptQUIC(ctx, listener)
+				return
+			} else if !errors.Is(err, syscall.EADDRINUSE) {
+				s.log.process.Error("no HTTP/3", logType, tokenInternal, logMessage, err.Error())
 				return
 			}
 			select {
@@ -1259,7 +1261,11 @@ func (s *server) openQUIC(ctx context.Context, addr netip.AddrPort) error {
 	return nil
 }
 
-func (s *server) listenQUIC(ctx context.Context, conn net.PacketConn) error {
+func (s *server) listenQUIC(addr netip.AddrPort) (*quic.Listener, error) {
+	conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(addr))
+	if err != nil {
+		return nil, err
+	}
 	unproven := rate.NewLimiter(100, 100) // handshakes a second that go without a proof of the address (RFC 9000, 8.1.2)
 	t := &quic.Transport{Conn: conn, VerifySourceAddress: func(net.Addr) bool { return !unproven.Allow() },
 		ConnContext: func(ctx context.Context, info *quic.ClientInfo) (context.Context, error) {
@@ -1268,32 +1274,30 @@ func (s *server) listenQUIC(ctx context.Context, conn net.PacketConn) error {
 			}
 			return ctx, nil
 		}}
-	listener, err := t.Listen(http3.ConfigureTLSConfig(s.front.identity.config()), &quic.Config{EnableDatagrams: true, HandshakeIdleTimeout: s.cfg.HeaderTimeout,
+	s.front.udp = append(s.front.udp, t)
+	return t.Listen(http3.ConfigureTLSConfig(s.front.identity.config()), &quic.Config{EnableDatagrams: true, HandshakeIdleTimeout: s.cfg.HeaderTimeout,
 		MaxIncomingStreams: maxStreams, MaxIncomingUniStreams: 8, MaxIdleTimeout: time.Minute, KeepAlivePeriod: 20 * time.Second, // for tunnels; finds the dead
 		InitialStreamReceiveWindow: uint64(s.window() / 4), MaxStreamReceiveWindow: uint64(s.window() / 4),
 		InitialConnectionReceiveWindow: uint64(s.window()), MaxConnectionReceiveWindow: uint64(s.window())})
-	if err != nil {
-		return err
-	}
-	s.front.udp = append(s.front.udp, t)
-	s.run(&s.accepting, func() {
-		defer listener.Close()
-		for {
-			conn, err := listener.Accept(ctx)
-			if err != nil {
-				return
-			}
-			go s.serveQUIC(conn)
+}
+
+// acceptQUIC has connections served until ctx ends.
+func (s *server) acceptQUIC(ctx context.Context, l *quic.Listener) {
+	defer l.Close()
+	for {
+		conn, err := l.Accept(ctx)
+		if err != nil {
+			return
 		}
-	})
-	return nil
+		c, f := s.newClient(&quicConn{conn: conn}, udpPeer(conn.RemoteAddr())) // here, so that the drain knows of it
+		go s.serveQUIC(conn, c, f)
+	}
 }
 
 func udpPeer(a net.Addr) netip.Addr { return a.(*net.UDPAddr).AddrPort().Addr().Unmap() }
 
 // serveQUIC serves a connection of HTTP/3.
-func (s *server) serveQUIC(conn *quic.Conn) {
-	c, f := s.newClient(&quicConn{conn: conn}, udpPeer(conn.RemoteAddr()))
+func (s *server) serveQUIC(conn *quic.Conn, c *client, f *failure) {
 	defer c.end()
 	if f != nil {
 		f.status, c.rejected = 0, true // nobody has asked yet
