@@ -18,6 +18,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httptrace"
 	"net/http/httputil"
 	"net/netip"
@@ -36,6 +37,8 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 	"github.com/quic-go/quic-go/quicvarint"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 )
 
 // HTTP/3 and UDP tunnels: quic-go's client on one side, raw bytes of HTTP/1.1 or datagrams on the other. What its client would not send
@@ -1370,4 +1373,230 @@ func TestH3UDPOverIPv6(t *testing.T) {
 	s.datagram("six")
 	u.send(u.wants("six"), "6")
 	s.wantsDatagram("6")
+}
+
+// Where nobody listens, the tunnel ends, and not well.
+func TestH3UDPUnreachable(t *testing.T) {
+	p, u := startH3Proxy(t), startUDP(t)
+	s := p.dialH3(t).connectUDP(p, u.addr)
+	s.datagram("hello")
+	u.wants("hello")
+	u.Close()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.wantsReset(http3.ErrCodeConnectError)
+	}()
+	for sending := true; sending; { // the first is refused, or the next
+		s.SendDatagram([]byte("\x00?"))
+		select {
+		case <-ended:
+			sending = false
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	wantsFields(t, p.recordFor(t, "tunnel", u.addr), map[string]any{"close_reason": "connection_error"})
+}
+
+// What is too long for the client's path, or for the proxy, is dropped as routers do, and never cut.
+func TestH3UDPLarge(t *testing.T) {
+	p, u := startH3Proxy(t), startUDP(t)
+	s := p.dialH3(t).connectUDP(p, u.addr)
+	long := string(noise(60_000, 1))
+	s.send(capsule(0, "\x00"+long) + capsule(0, "\x00after"))
+	from := u.wants(long)
+	u.wants("after")
+	for _, n := range []int{3000, 16_375, 16_376, 16_377, 20_000, 65_507} {
+		u.send(from, long[:min(n, len(long))])
+	}
+	u.send(from, long[:1000])
+	s.wantsDatagram(long[:1000])
+	s.Close()
+	s.wantsEnd()
+	wantsFields(t, p.recordFor(t, "tunnel", u.addr), map[string]any{"http.request.body.size": 60_005.0, "http.response.body.size": 1000.0})
+}
+
+// A tunnel for datagrams is not ended sooner than after two minutes without one (RFC 9298, 3.1).
+func TestH3UDPIdle(t *testing.T) {
+	p, u, o := startH3Proxy(t, "TUNNEL_IDLE_TIMEOUT=30ms"), startUDP(t), startOrigin(t)
+	client := p.dialH3(t)
+	s := client.connectUDP(p, u.addr)
+	client.connect(o.addr)
+	p.recordFor(t, "tunnel", o.addr) // is over by now
+	s.datagram("still there")
+	u.wants("still there")
+
+	for idle, ends := range map[time.Duration]bool{119 * time.Second: false, 121 * time.Second: true} {
+		srv := testServer(t, "TUNNEL_IDLE_TIMEOUT=30ms")
+		f := &flow{x: &exchange{summary: summary{srv: srv}}, m: &muxed{control: http.NewResponseController(httptest.NewRecorder())}, udp: startUDP(t).UDPConn,
+			since: time.Now().Add(-idle), more: minUDPIdle - srv.cfg.TunnelIdleTimeout, cancel: func() {}, timer: time.NewTimer(time.Hour)}
+		if f.tick(); (f.reason == "idle_timeout") != ends {
+			t.Errorf("after %v: %q", idle, f.reason)
+		}
+		f.timer.Stop()
+		srv.close()
+	}
+}
+
+func TestH3UDPMaxAge(t *testing.T) {
+	p, u := startH3Proxy(t, "TUNNEL_MAX_AGE=100ms"), startUDP(t)
+	s := p.dialH3(t).connectUDP(p, u.addr)
+	s.wantsEnd()
+	wantsFields(t, p.recordFor(t, "tunnel", u.addr), map[string]any{"close_reason": "max_age"})
+}
+
+func TestH3UDPMaxConnsPerHost(t *testing.T) {
+	p, u, v := startH3Proxy(t, "MAX_CONNS_PER_HOST=1"), startUDP(t), startUDP(t)
+	client := p.dialH3(t)
+	s := client.connectUDP(p, u.addr)
+	client.open(h3Request("CONNECT", p.addr, udpPath(u.addr), "connect-udp")).wantsRefusal(503, "connection_limit_reached")
+	client.connectUDP(p, v.addr)
+	s.Close()
+	p.recordFor(t, "tunnel", u.addr)
+	client.connectUDP(p, u.addr)
+}
+
+// h3Packets is a UDP tunnel as a socket.
+type h3Packets struct {
+	*h3Stream
+	to     net.Addr
+	ctx    context.Context
+	cancel func()
+}
+
+func (c h3Packets) ReadFrom(b []byte) (int, net.Addr, error) {
+	for {
+		d, err := c.ReceiveDatagram(c.ctx)
+		if err != nil {
+			return 0, nil, net.ErrClosed
+		} else if len(d) > 0 && d[0] == 0 {
+			return copy(b, d[1:]), c.to, nil
+		}
+	}
+}
+
+func (c h3Packets) WriteTo(b []byte, _ net.Addr) (int, error) {
+	c.SendDatagram(append([]byte{0}, b...)) // what is too long is lost
+	return len(b), nil
+}
+
+func (c h3Packets) Close() error {
+	c.cancel()
+	return c.h3Stream.Close()
+}
+
+// SetReadDeadline is how quic.Transport ends a read.
+func (c h3Packets) SetReadDeadline(at time.Time) error {
+	if !at.IsZero() {
+		c.cancel()
+	}
+	return nil
+}
+
+func (c h3Packets) LocalAddr() net.Addr { return &net.UDPAddr{} }
+
+// What UDP tunnels are for: HTTP/3 to an origin, through HTTP/3 to the proxy.
+func TestH3InUDP(t *testing.T) {
+	p, u := startH3Proxy(t), startUDP(t)
+	pair, _, _ := p.ca.issue(t, "origin")
+	data := noise(1<<20, 7)
+	origin := &http3.Server{TLSConfig: http3.ConfigureTLSConfig(&tls.Config{Certificates: []tls.Certificate{pair}}), QUICConfig: &quic.Config{InitialPacketSize: 1200, DisablePathMTUDiscovery: true},
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(w, r.Body)
+			w.Write(data)
+		})}
+	u.SetDeadline(time.Time{})
+	served := make(chan error, 1)
+	go func() { served <- origin.Serve(u.UDPConn) }()
+	t.Cleanup(func() { origin.Close(); <-served })
+
+	ctx, cancel := context.WithCancel(context.Background())
+	tunnel := p.dialH3(t).connectUDP(p, u.addr)
+	transport := &quic.Transport{Conn: h3Packets{tunnel, u.LocalAddr(), ctx, cancel}}
+	t.Cleanup(func() { transport.Close() })
+	dialing, stop := context.WithTimeout(ctx, patience)
+	defer stop()
+	conn, err := transport.Dial(dialing, u.LocalAddr(), &tls.Config{RootCAs: p.ca.pool(), NextProtos: []string{"h3"}, ServerName: "127.0.0.1"},
+		&quic.Config{InitialPacketSize: 1200, DisablePathMTUDiscovery: true, EnableDatagrams: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	inner := (&http3.Transport{DisableCompression: true}).NewClientConn(conn)
+	req := h3Request("POST", u.addr, "/", "")
+	req.Body, req.ContentLength = io.NopCloser(strings.NewReader("ping")), 4
+	resp, body := (&h3Client{inner, t, conn}).roundTrip(req)
+	if resp.StatusCode != 200 {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+	sameBytes(t, "the body", []byte(body), append([]byte("ping"), data...))
+	conn.CloseWithError(0x100, "")
+	tunnel.Close()
+	if r := p.recordFor(t, "tunnel", u.addr); r["http.response.body.size"].(float64) < 1<<20 {
+		t.Errorf("record: %v", r)
+	}
+}
+
+// Over HTTP/2 datagrams come and go in capsules. net/http's server has extended CONNECT only where GODEBUG says so.
+func TestH2UDP(t *testing.T) {
+	if !again(t, "env", "GODEBUG=http2xconnect=1", os.Args[0], "-test.run", "^"+t.Name()+"$", "-test.v") {
+		return
+	}
+	p, u := startProxy(t), startUDP(t)
+	c := p.dial(t)
+	c.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+	f := http2.NewFramer(c, c.br)
+	f.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	f.WriteSettings()
+	var block bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	for _, field := range []string{":method CONNECT", ":protocol connect-udp", ":scheme https", ":authority " + p.addr, ":path " + udpPath(u.addr), "capsule-protocol ?1"} {
+		name, value, _ := strings.Cut(field, " ")
+		enc.WriteField(hpack.HeaderField{Name: name, Value: value})
+	}
+	f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true})
+	var got string
+	var ended bool
+	next := func() {
+		frame, err := f.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch frame := frame.(type) {
+		case *http2.SettingsFrame:
+			if !frame.IsAck() {
+				f.WriteSettingsAck()
+			}
+		case *http2.MetaHeadersFrame:
+			got += fmt.Sprintln(frame.PseudoValue("status"))
+		case *http2.DataFrame:
+			got, ended = got+string(frame.Data()), frame.StreamEnded()
+		case *http2.RSTStreamFrame:
+			t.Fatalf("reset: %v", frame.ErrCode)
+		}
+	}
+	wants := func(want string) {
+		t.Helper()
+		for got = ""; len(got) < len(want); {
+			next()
+		}
+		if got != want {
+			t.Fatalf("got %.200q, want %.200q", got, want)
+		}
+	}
+	wants("200\n")
+	f.WriteData(1, false, []byte(capsule(0, "\x00one")+capsule(0x99, "?")+capsule(0, "\x00two")[:3]))
+	f.WriteData(1, false, []byte(capsule(0, "\x00two")[3:]))
+	from := u.wants("one")
+	u.wants("two")
+	u.send(from, "three")
+	wants(capsule(0, "\x00three"))
+	long := strings.Repeat("x", 9000)
+	u.send(from, long)
+	wants(capsule(0, "\x00"+long))
+	f.WriteData(1, true, nil)
+	for !ended {
+		next()
+	}
+	wantsFields(t, p.recordFor(t, "tunnel", u.addr), map[string]any{"network.protocol.version": "2", "network.transport": "udp", "close_reason": "client_closed",
+		"http.request.body.size": 6.0, "http.response.body.size": 9005.0})
 }
