@@ -81,7 +81,7 @@ func (s *server) openFront(ctx context.Context) error {
 	if !cfg.HTTP3 {
 		return nil
 	}
-	f.h3 = &http3.Server{Handler: http.HandlerFunc(s.serveStream), EnableDatagrams: true, MaxHeaderBytes: int(cfg.MaxHeader), IdleTimeout: cfg.IdleTimeout,
+	f.h3 = &http3.Server{Handler: http.HandlerFunc(s.serveStream), EnableDatagrams: true, MaxHeaderBytes: int(cfg.MaxHeader), // quicConn knows when it is idle
 		Logger: slog.New(slog.DiscardHandler), ConnContext: func(ctx context.Context, conn *quic.Conn) context.Context {
 			c, _ := f.carriers.Load(conn)
 			return context.WithValue(ctx, carrier{}, c)
@@ -457,6 +457,10 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 	}
 	c := &client{addr: conn.addr, site: conn.site, name: conn.name, proven: conn.proven, luck: conn.luck, conn: conn, settled: true}
 	c.attach(s, m)
+	if q, ok := conn.tcp.(*quicConn); ok {
+		q.busy(1)
+		defer q.busy(-1)
+	}
 	lost := make(chan struct{})
 	stop := context.AfterFunc(r.Context(), func() { defer close(lost); c.lose() })
 	defer func() {
@@ -1289,7 +1293,8 @@ func (s *server) acceptQUIC(ctx context.Context, l *quic.Listener) {
 		if err != nil {
 			return
 		}
-		c, f := s.newClient(&quicConn{conn: conn}, udpPeer(conn.RemoteAddr())) // here, so that the drain knows of it
+		q := &quicConn{conn: conn, patience: cmp.Or(s.cfg.IdleTimeout, never)}
+		c, f := s.newClient(q, udpPeer(conn.RemoteAddr())) // here, so that the drain knows of it
 		go s.serveQUIC(conn, c, f)
 	}
 }
@@ -1305,16 +1310,39 @@ func (s *server) serveQUIC(conn *quic.Conn, c *client, f *failure) {
 		conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad), f.text)
 		return
 	}
+	q := c.tcp.(*quicConn)
+	q.timer = time.AfterFunc(q.patience, q.tick)
+	defer q.timer.Stop()
 	c.name, c.proven = subject(conn.ConnectionState().TLS.PeerCertificates), true
 	s.front.carriers.Store(conn, c)
 	defer s.front.carriers.Delete(conn)
 	s.front.h3.ServeQUICConn(conn)
 }
 
-// quicConn is a connection as the stream of a client that is not read from itself.
+// quicConn is a connection as the stream of a client that is not read from itself. It is closed when no request is served for a while:
+// http3.Server has a time for that which stands still as soon as a stream is open, even if the head of a request never comes on it.
 type quicConn struct {
 	stream
-	conn *quic.Conn
+	conn     *quic.Conn
+	patience time.Duration
+	served   atomic.Int64 // requests under way
+	timer    *time.Timer
+}
+
+// busy counts requests. The timer may be left running by two at a time; it is stopped by none while there is no request.
+func (q *quicConn) busy(n int64) {
+	switch now := q.served.Add(n); {
+	case n > 0 && now == 1:
+		q.timer.Stop()
+	case now == 0:
+		q.timer.Reset(q.patience)
+	}
+}
+
+func (q *quicConn) tick() {
+	if q.served.Load() == 0 {
+		q.Close()
+	}
 }
 
 func (q *quicConn) SyscallConn() (syscall.RawConn, error) { return nil, errors.ErrUnsupported }
