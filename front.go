@@ -496,6 +496,14 @@ func (c *client) lossReason() string {
 	return "connection_error"
 }
 
+// because is the reason for which a tunnel ends, or the one behind that: what the drain cuts looks like an error to a stream.
+func (c *client) because(reason string) string {
+	if reason == "connection_error" && c.conn != nil {
+		return c.lossReason()
+	}
+	return reason
+}
+
 // serveOne serves the one exchange of a stream, and reports whether that came to a good end.
 func (c *client) serveOne(m *muxed) (whole bool) {
 	parked := false
@@ -976,6 +984,7 @@ func (t *buffered) end(reason string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if !t.ended {
+		reason = t.x.c.because(reason)
 		t.ended, t.reason = true, reason
 		if reason == "connection_error" {
 			t.up.tcp.SetLinger(0)
@@ -1104,6 +1113,7 @@ func (t *flow) end(reason string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.reason == "" {
+		reason = t.x.c.because(reason)
 		t.reason = reason
 		if reason == "connection_error" {
 			t.m.SetLinger(0)
