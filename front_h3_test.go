@@ -1419,16 +1419,16 @@ func TestH3UDPLarge(t *testing.T) {
 // A tunnel for datagrams is not ended sooner than after two minutes without one (RFC 9298, 3.1).
 func TestH3UDPIdle(t *testing.T) {
 	p, u, o := startH3Proxy(t, "TUNNEL_IDLE_TIMEOUT=30ms"), startUDP(t), startOrigin(t)
-	client := p.dialH3(t)
-	s := client.connectUDP(p, u.addr)
-	client.connect(o.addr)
+	conn := p.dialH3(t)
+	s := conn.connectUDP(p, u.addr)
+	conn.connect(o.addr)
 	p.recordFor(t, "tunnel", o.addr) // is over by now
 	s.datagram("still there")
 	u.wants("still there")
 
 	for idle, ends := range map[time.Duration]bool{119 * time.Second: false, 121 * time.Second: true} {
 		srv := testServer(t, "TUNNEL_IDLE_TIMEOUT=30ms")
-		f := &flow{x: &exchange{summary: summary{srv: srv}}, m: &muxed{control: http.NewResponseController(httptest.NewRecorder())}, udp: startUDP(t).UDPConn,
+		f := &flow{x: &exchange{summary: summary{srv: srv, c: &client{}}}, m: &muxed{control: http.NewResponseController(httptest.NewRecorder())}, udp: startUDP(t).UDPConn,
 			since: time.Now().Add(-idle), more: minUDPIdle - srv.cfg.TunnelIdleTimeout, cancel: func() {}, timer: time.NewTimer(time.Hour)}
 		if f.tick(); (f.reason == "idle_timeout") != ends {
 			t.Errorf("after %v: %q", idle, f.reason)
@@ -1599,4 +1599,255 @@ func TestH2UDP(t *testing.T) {
 	}
 	wantsFields(t, p.recordFor(t, "tunnel", u.addr), map[string]any{"network.protocol.version": "2", "network.transport": "udp", "close_reason": "client_closed",
 		"http.request.body.size": 6.0, "http.response.body.size": 9005.0})
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Floods
+
+// Streams that are opened and reset at once leave nothing behind, and never have more under way than a connection may.
+func TestH3ResetFlood(t *testing.T) {
+	p, o := startH3Proxy(t), startOrigin(t)
+	client := p.dialH3(t)
+	var open, most, dials atomic.Int64
+	go func() { // answers nothing
+		for c, err := o.Accept(); err == nil; c, err = o.Accept() {
+			dials.Add(1)
+			most.Store(max(most.Load(), open.Add(1)))
+			go func() {
+				io.Copy(io.Discard, c)
+				open.Add(-1)
+				c.Close()
+			}()
+		}
+	}()
+	before, peak := runtime.NumGoroutine(), 0
+	for round := range 8 {
+		var all []*h3Stream
+		for i := range maxStreams {
+			r := h3Request("GET", o.addr, "/", "")
+			if i%2 == 1 {
+				r = h3Request("CONNECT", o.addr, "", "")
+			}
+			s := client.open(r)
+			if r.Method == "GET" {
+				s.Close()
+			}
+			if all = append(all, s); round%2 == 1 { // in other rounds the requests get there first
+				s.cancel()
+			}
+		}
+		peak = max(peak, runtime.NumGoroutine())
+		for _, s := range all {
+			s.cancel()
+		}
+	}
+	eventually(t, "the origin to be left alone", func() bool {
+		return open.Load() == 0 && p.metric(t, "sluice_pool_active_connections") == 0 && p.metric(t, "sluice_tunnels") == 0
+	})
+	eventually(t, "the goroutines to be gone", func() bool { return runtime.NumGoroutine() < before+20 })
+	if most.Load() > 2*maxStreams || peak > before+8*maxStreams {
+		t.Errorf("%d connections at a time of %d, %d goroutines (%d before)", most.Load(), dials.Load(), peak, before)
+	}
+	if resp, _ := client.roundTrip(h3Request("OPTIONS", "127.0.0.1:9", "/", "", "Max-Forwards: 0")); resp.StatusCode != 200 {
+		t.Errorf("the connection is of no more use: %s", resp.Status)
+	}
+}
+
+// Heads that are large, or become so when QPACK is undone, are refused before they are.
+func TestH3HeaderBombs(t *testing.T) {
+	p, o := startH3Proxy(t, "MAX_HEADER=16KiB"), startOrigin(t)
+	client := p.dialH3(t)
+	begin := []string{":method: GET", ":scheme: http", ":authority: " + o.addr, ":path: /"}
+	many := slices.Clone(begin)
+	for range 400 {
+		many = append(many, "x: ") // 34 bytes each, as they are counted
+	}
+	static := append([]byte{0, 0, 0xd1, 0xd6, 0xc1}, bytes.Repeat([]byte{0xff, 0}, 8000)...) // from the table, two bytes each
+	for name, b := range map[string][]byte{
+		"long":   h3Fields(append(begin, "x-a: "+strings.Repeat("x", 17<<10))...),
+		"many":   h3Fields(append(many, many[4:]...)...),
+		"table":  h3Frame(1, static),
+		"told":   quicvarint.Append(quicvarint.Append(nil, 1), 1<<40),
+		"toldUp": quicvarint.Append(quicvarint.Append(nil, 0x21), 1<<40), // a frame to be skipped
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := (&h3Client{client.ClientConn, t, client.conn}).raw(b)
+			if name == "toldUp" {
+				s.CancelWrite(0x10c)
+			}
+			if got, err := io.ReadAll(s); errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("neither a reset nor an answer: %q", got)
+			}
+		})
+	}
+	s := client.raw(h3Fields(begin...), h3Frame(0, []byte("x")), h3Fields("x-a: "+strings.Repeat("x", 17<<10))) // trailers
+	s.Close()
+	o.accept().all()
+	o.wantsNone()
+	if resp, _ := client.roundTrip(h3Request("OPTIONS", "127.0.0.1:9", "/", "", "Max-Forwards: 0")); resp.StatusCode != 200 {
+		t.Errorf("the connection is of no more use: %s", resp.Status)
+	}
+}
+
+// A connection is idle also while heads stand still in its streams.
+func TestH3SlowHeads(t *testing.T) {
+	p := startH3Proxy(t, "IDLE_TIMEOUT=150ms")
+	client := p.dialH3(t)
+	for range 100 {
+		client.raw([]byte{1, 0x40, 100, 0, 0})
+	}
+	select {
+	case <-client.conn.Context().Done():
+	case <-time.After(patience):
+		t.Fatal("the connection goes on")
+	}
+	eventually(t, "the connection to be gone", func() bool { return p.metric(t, "sluice_client_connections") == 0 })
+
+	// One with a tunnel is not idle, and one with nothing is.
+	client, o := p.dialH3(t), startOrigin(t)
+	s := client.connect(o.addr)
+	p.dialH3(t)
+	eventually(t, "the other to be gone", func() bool { return p.metric(t, "sluice_client_connections") == 1 })
+	s.send("still there")
+	o.accept().wants("still there")
+	s.Close()
+	s.cancel()
+	eventually(t, "the connection to be gone", func() bool { return p.metric(t, "sluice_client_connections") == 0 })
+}
+
+// deaf is a socket that hears nothing.
+type deaf struct {
+	net.PacketConn
+	until chan struct{}
+}
+
+func (d *deaf) ReadFrom([]byte) (int, net.Addr, error) {
+	<-d.until
+	return 0, nil, net.ErrClosed
+}
+
+func (d *deaf) SetReadDeadline(at time.Time) error {
+	if !at.IsZero() {
+		close(d.until)
+	}
+	return nil
+}
+
+// Handshakes that come to no end are forgotten when HEADER_TIMEOUT is over; most are held by no memory at all.
+func TestH3HandshakeFlood(t *testing.T) {
+	p := startH3Proxy(t, "HEADER_TIMEOUT=200ms")
+	before := runtime.NumGoroutine()
+	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	transport := &quic.Transport{Conn: &deaf{udp, make(chan struct{})}}
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	to := net.UDPAddrFromAddrPort(netip.MustParseAddrPort(p.addr))
+	var wait sync.WaitGroup
+	for range 400 {
+		wait.Go(func() {
+			if _, err := transport.Dial(ctx, to, &tls.Config{RootCAs: p.ca.pool(), NextProtos: []string{"h3"}, ServerName: "127.0.0.1"}, nil); err == nil {
+				t.Error("a handshake without an answer")
+			}
+		})
+	}
+	wait.Wait()
+	cancel()
+	transport.Close()
+	udp.Close()
+	junk, _ := net.Dial("udp", p.addr)
+	for i := range 200 {
+		junk.Write(noise(1200, byte(i)))
+		junk.Write(append([]byte{0xc0, 0, 0, 0, 1, 8}, noise(1194, byte(i))...)) // as if of version 1
+	}
+	junk.Close()
+	eventually(t, "the handshakes to be forgotten", func() bool { return runtime.NumGoroutine() < before+20 })
+	if n := p.metric(t, "sluice_client_connections_total"); n != 0 {
+		t.Errorf("%v connections were accepted", n)
+	}
+	p.dialH3(t)
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Drain
+
+func TestH3Drain(t *testing.T) {
+	p, o, u := startH3Proxy(t, "DRAIN_TIMEOUT=800ms"), startOrigin(t), startUDP(t)
+	client := p.dialH3(t)
+	s := client.open(h3Request("GET", o.addr, "/", ""))
+	s.Close()
+	slow := o.accept()
+	slow.head()
+	tunnel := client.connect(o.addr)
+	end := o.accept()
+	packets := client.connectUDP(p, u.addr)
+	other := p.dialH3(t)
+
+	stopped := make(chan struct{})
+	go func() { defer close(stopped); p.stop() }()
+	eventually(t, "GOAWAY", func() bool {
+		s, err := client.OpenRequestStream(t.Context())
+		if err == nil {
+			s.CancelRead(0x10c)
+			s.CancelWrite(0x10c)
+		}
+		return err != nil
+	})
+	if client.conn.Context().Err() != nil {
+		t.Fatal("the connection did not wait for its streams")
+	}
+	select {
+	case <-other.conn.Context().Done(): // it had nothing to wait for
+	case <-time.After(patience):
+		t.Error("an idle connection goes on")
+	}
+	slow.send(plainAnswer)
+	s.wantsStatus(200)
+	s.wants("hi")
+	s.wantsEnd()
+	tunnel.send("still there")
+	end.wants("still there")
+	packets.datagram("this too")
+	u.wants("this too")
+	end.wantsEnd()
+	<-stopped
+	for _, addr := range []string{o.addr, u.addr} {
+		wantsFields(t, p.recordFor(t, "tunnel", addr), map[string]any{"close_reason": "drain"})
+	}
+}
+
+// A second process gets a UDP port when the first has let it go, and says that it waits.
+func TestH3SecondProcess(t *testing.T) {
+	addr := freeAddr(t)
+	p1 := startH3Proxy(t, "LISTEN="+addr)
+	p2 := startH3Proxy(t, "LISTEN="+addr)
+	if !strings.Contains(p2.log.all(), "UDP port is in use") {
+		t.Error("the second did not say that it waits")
+	}
+	p1.dialH3(t).conn.CloseWithError(0x100, "")
+	p1.stop()
+	eventually(t, "the second to serve", func() bool {
+		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+		defer cancel()
+		conn, err := quic.DialAddr(ctx, addr, &tls.Config{RootCAs: p2.ca.pool(), NextProtos: []string{"h3"}}, nil)
+		if err == nil {
+			conn.CloseWithError(0x100, "")
+		}
+		return err == nil
+	})
+	p3 := startH3Proxy(t, "LISTEN="+addr) // stops while it waits
+	p3.stop()
+}
+
+func TestH3Settings(t *testing.T) {
+	if status, _, stderr := sluice([]string{"env"}, prefixed("HTTP3=true")...); status != 2 || !strings.Contains(stderr, "SLUICE_HTTP3") {
+		t.Errorf("HTTP3 without a certificate: %d %s", status, stderr)
+	}
+	p := startH3Proxy(t, "HTTP3=false")
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := quic.DialAddr(ctx, p.addr, &tls.Config{RootCAs: p.ca.pool(), NextProtos: []string{"h3"}}, nil); err == nil {
+		t.Error("HTTP/3 is spoken where it is off")
+	}
 }
