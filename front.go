@@ -1077,15 +1077,25 @@ func (x *exchange) openUDP() (*net.UDPConn, *failure) {
 	if f != nil {
 		return nil, f
 	}
-	udp, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(allowed[0]))
+	udp, err := dialUDP(allowed)
 	if err != nil {
 		return nil, x.dialFailure(err)
 	}
-	x.peer = allowed[0].Addr().String()
+	x.peer = udpPeer(udp.RemoteAddr()).String()
 	var requests *atomic.Int64
 	x.first, requests = x.srv.reached.first(&x.dst)
 	requests.Add(1)
 	return udp, nil
+}
+
+// dialUDP connects a socket to the first address to which there is a route.
+func dialUDP(addrs []netip.AddrPort) (udp *net.UDPConn, err error) {
+	for _, a := range addrs {
+		if udp, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(a)); err == nil {
+			break
+		}
+	}
+	return udp, err
 }
 
 // carry passes datagrams on until one end is gone, or the time is over.

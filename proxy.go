@@ -2150,8 +2150,10 @@ func (x *exchange) dialFailure(err error) *failure {
 	host, key := x.dst.host, x.dst.key
 	dns, isDNS := errors.AsType[*net.DNSError](err)
 	op, dialled := errors.AsType[*net.OpError](err)
-	if dialled && !isDNS && op.Addr != nil {
-		x.peer = addrPort(op.Addr).Addr().String()
+	if dialled && !isDNS && op.Addr != nil { // of TCP or UDP
+		if peer, err := netip.ParseAddrPort(op.Addr.String()); err == nil {
+			x.peer = peer.Addr().Unmap().String()
+		}
 	}
 	timeout := errors.Is(err, context.DeadlineExceeded) || isDNS && dns.IsTimeout || dialled && op.Timeout()
 	switch {
