@@ -461,6 +461,7 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 		q.busy(1)
 		defer q.busy(-1)
 	}
+	defer m.leave()
 	lost := make(chan struct{})
 	stop := context.AfterFunc(r.Context(), func() { defer close(lost); c.lose() })
 	defer func() {
@@ -561,6 +562,9 @@ type muxed struct {
 	writing atomic.Bool
 	closed  atomic.Bool
 	cut     atomic.Bool // the end is not to look like a good one
+
+	mu   sync.Mutex
+	left bool // the handler has returned; guarded by mu
 
 	finished atomic.Bool // all is sent: the request's context ends with that, the client's side may go on
 }
@@ -828,7 +832,21 @@ func (m *muxed) setTrailers(lines []byte) {
 
 func (m *muxed) flush() error { return m.control.Flush() }
 
-func (m *muxed) tooSlow() { m.control.SetWriteDeadline(time.Unix(1, 0)) }
+// tooSlow is also run by timers.
+func (m *muxed) tooSlow() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.left {
+		m.control.SetWriteDeadline(time.Unix(1, 0))
+	}
+}
+
+// leave comes when the handler returns: net/http's writer panics when it is used after that.
+func (m *muxed) leave() {
+	m.mu.Lock()
+	m.left = true
+	m.mu.Unlock()
+}
 
 func (m *muxed) SetWriteDeadline(t time.Time) error {
 	m.until = t
