@@ -108,6 +108,9 @@ func (f *front) drain() {
 	if f.h3 != nil {
 		go f.h3.Shutdown(context.Background())
 	}
+	for _, c := range f.carriers.Range {
+		c.(*client).tcp.(*quicConn).hurry()
+	}
 }
 
 func (f *front) close() {
@@ -1331,7 +1334,8 @@ func (s *server) acceptQUIC(ctx context.Context, l *quic.Listener) {
 		if err != nil {
 			return
 		}
-		q := &quicConn{conn: conn, patience: cmp.Or(s.cfg.IdleTimeout, never)}
+		q := &quicConn{conn: conn}
+		q.patience.Store(int64(cmp.Or(s.cfg.IdleTimeout, never)))
 		c, f := s.newClient(q, udpPeer(conn.RemoteAddr())) // here, so that the drain knows of it
 		go s.serveQUIC(conn, c, f)
 	}
@@ -1349,7 +1353,7 @@ func (s *server) serveQUIC(conn *quic.Conn, c *client, f *failure) {
 		return
 	}
 	q := c.tcp.(*quicConn)
-	q.timer = time.AfterFunc(q.patience, q.tick)
+	q.timer = time.AfterFunc(time.Duration(q.patience.Load()), q.tick)
 	defer q.timer.Stop()
 	c.name, c.proven = subject(conn.ConnectionState().TLS.PeerCertificates), true
 	s.front.carriers.Store(conn, c)
@@ -1362,7 +1366,7 @@ func (s *server) serveQUIC(conn *quic.Conn, c *client, f *failure) {
 type quicConn struct {
 	stream
 	conn     *quic.Conn
-	patience time.Duration
+	patience atomic.Int64 // in ns
 	served   atomic.Int64 // requests under way
 	timer    *time.Timer
 }
@@ -1373,7 +1377,16 @@ func (q *quicConn) busy(n int64) {
 	case n > 0 && now == 1:
 		q.timer.Stop()
 	case now == 0:
-		q.timer.Reset(q.patience)
+		q.timer.Reset(time.Duration(q.patience.Load()))
+	}
+}
+
+// hurry has the connection closed soon when it is idle: GOAWAY is on its way, but clients may stay.
+func (q *quicConn) hurry() {
+	const soon = 100 * time.Millisecond
+	q.patience.Store(int64(soon))
+	if q.served.Load() == 0 {
+		q.timer.Reset(soon)
 	}
 }
 
