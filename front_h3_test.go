@@ -820,6 +820,20 @@ func TestH3Tunnel(t *testing.T) {
 	eventually(t, "the tunnel to be gone", func() bool { return p.metric(t, "sluice_tunnels") == 0 })
 }
 
+// What a client sends before it has the answer waits for the tunnel.
+func TestH3TunnelEarly(t *testing.T) {
+	p, o, u := startH3Proxy(t), startOrigin(t), startUDP(t)
+	client := p.dialH3(t)
+	s := client.open(h3Request("CONNECT", o.addr, "", ""))
+	s.send("early")
+	o.accept().wants("early")
+	s.wantsStatus(200)
+	s = client.open(h3Request("CONNECT", p.addr, udpPath(u.addr), "connect-udp"))
+	s.send(capsule(0, "\x00early"))
+	u.wants("early")
+	s.wantsStatus(200)
+}
+
 // The origin may end its side first; the client's goes on.
 func TestH3TunnelOriginFirst(t *testing.T) {
 	p, o := startH3Proxy(t), startOrigin(t)
@@ -1936,6 +1950,24 @@ func TestH3Drain(t *testing.T) {
 	<-stopped
 	for _, addr := range []string{o.addr, u.addr} {
 		wantsFields(t, p.recordFor(t, "tunnel", addr), map[string]any{"close_reason": "drain"})
+	}
+}
+
+// The drain does not wait for a client that stays though nothing runs.
+func TestH3DrainIdle(t *testing.T) {
+	p := startH3Proxy(t, "DRAIN_TIMEOUT=4s")
+	conn, err := p.dialQUIC(t) // nobody heeds GOAWAY on it
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the connection to be served", func() bool { return p.metric(t, "sluice_client_connections") == 1 })
+	took := time.Now()
+	p.stop()
+	if d := time.Since(took); d > 2*time.Second {
+		t.Errorf("the drain took %v", d)
+	}
+	if e := (*quic.ApplicationError)(nil); !errors.As(context.Cause(conn.Context()), &e) || e.ErrorCode != quic.ApplicationErrorCode(http3.ErrCodeNoError) {
+		t.Errorf("ended by %v", context.Cause(conn.Context()))
 	}
 }
 
