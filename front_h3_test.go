@@ -494,8 +494,9 @@ func TestH3BackPressure(t *testing.T) {
 	up.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
 	n := slow("up", up.Write)
 	up.SetWriteDeadline(time.Now().Add(2 * patience))
+	rest := data[n:]
 	go func() {
-		up.Write(data[n:])
+		up.Write(rest)
 		up.Close()
 	}()
 	got, err := io.ReadAll(httputilChunks(origin))
