@@ -886,8 +886,10 @@ func (m *muxed) CloseWrite() error {
 // Close ends reads and writes that are under way. The stream ends with its handler.
 func (m *muxed) Close() error {
 	m.closed.Store(true)
-	if m.writing.Load() {
+	if m.writing.Load() && m.cut.Load() {
 		m.tooSlow()
+	} else if m.writing.Load() { // what is sent by now, perhaps, and not known to be: ending that at once would reset the stream
+		time.AfterFunc(time.Second, m.tooSlow)
 	}
 	return m.CloseRead()
 }
