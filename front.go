@@ -459,7 +459,11 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 	c.attach(s, m)
 	stop := context.AfterFunc(r.Context(), c.lose)
 	defer stop()
-	if !c.serveOne(m) {
+	whole := c.serveOne(m)
+	m.mu.Lock()
+	m.over = true // though c.lose or a timer may still be at it
+	m.mu.Unlock()
+	if !whole {
 		m.abort()
 	} else if m.h3 != nil {
 		m.h3.CancelRead(quic.StreamErrorCode(http3.ErrCodeNoError))
@@ -485,7 +489,13 @@ func (c *client) serveOne(m *muxed) (whole bool) {
 	defer c.leave(&parked)
 	x := c.newExchange()
 	head, f := m.head(c.srv.cfg.HeaderTimeout)
-	if l := &c.srv.limits; len(head) > bufferSize && (l.full.Load() || l.large.Load() >= l.mostLarge) {
+	l := &c.srv.limits
+	if !l.streams.add(struct{}{}, 1) {
+		f = fail(503, tokenLimit, "%d streams are open, as many as descriptors and memory are enough for (SLUICE_NOFILE, SLUICE_MEMORY_LIMIT)", l.streams.most)
+	} else {
+		defer l.streams.add(struct{}{}, -1)
+	}
+	if len(head) > bufferSize && (l.full.Load() || l.large.Load() >= l.mostLarge) {
 		f = x.clientFailure(faultNoMemory, "", 0, "")
 	}
 	if x.failure = f; f == nil {
@@ -536,6 +546,9 @@ type muxed struct {
 	writing atomic.Bool
 	closed  atomic.Bool
 	cut     atomic.Bool // the end is not to look like a good one
+
+	mu   sync.Mutex
+	over bool // the handler returns: w must not be used any more; guarded by mu
 }
 
 // head writes the request as the head of an HTTP/1.1 message. Since that is what is parsed, a line more than those meant would be a
@@ -620,40 +633,41 @@ func (m *muxed) Read(p []byte) (n int, err error) {
 		return 0, io.EOF
 	case !m.chunked:
 		return m.r.Body.Read(p)
-	}
-	if len(m.early) == 0 {
-		if err = m.readChunk(); err != nil {
-			return 0, err
-		}
+	case len(m.early) == 0 && len(p) >= 64:
+		return m.readChunk(p)
+	case len(m.early) == 0:
+		m.early = make([]byte, 512)
+		n, err = m.readChunk(m.early)
+		m.early = m.early[:n]
 	}
 	n = copy(p, m.early)
 	m.early = m.early[n:]
-	return n, nil
+	return n, err
 }
 
-// readChunk has the next chunk in early, or the end of the body with its trailers.
-func (m *muxed) readChunk() error {
-	var data [4 << 10]byte
-	n, err := copy(data[:], m.first), error(nil)
-	if m.first = nil; n == 0 {
-		n, err = m.r.Body.Read(data[:])
+// readChunk reads a chunk, or the end of the body: what does not fit of the trailers goes to early.
+func (m *muxed) readChunk(p []byte) (n int, err error) {
+	const size = len("012345\r\n")
+	if n, m.first = copy(p[size:], m.first), nil; n == 0 {
+		n, err = m.r.Body.Read(p[size : len(p)-2])
 	}
 	if n > 0 {
-		m.early = append(append(strconv.AppendInt(m.early[:0], int64(n), 16), "\r\n"...), data[:n]...)
-		m.early = append(m.early, "\r\n"...)
-		return nil
+		copy(p, fmt.Sprintf("%06x\r\n", n))
+		return size + n + copy(p[size+n:], "\r\n"), nil
 	} else if err != io.EOF {
-		return err
+		return 0, err
 	}
 	m.ended = true
-	m.early = append(m.early[:0], "0\r\n"...)
+	end := []byte("0\r\n")
 	for name, values := range m.r.Trailer {
 		for _, v := range values {
-			m.early = append(append(append(append(m.early, name...), ": "...), v...), "\r\n"...)
+			end = append(append(append(append(end, name...), ": "...), v...), "\r\n"...)
 		}
 	}
-	m.early = append(m.early, "\r\n"...)
-	return nil
+	end = append(end, "\r\n"...)
+	n = copy(p, end)
+	m.early = end[n:]
+	return n, nil
 }
 
 // Write takes heads, the final one and what follows it.
@@ -752,14 +766,28 @@ func (m *muxed) setTrailers(lines []byte) {
 
 func (m *muxed) flush() error { return m.control.Flush() }
 
-func (m *muxed) tooSlow() { m.control.SetWriteDeadline(time.Unix(1, 0)) }
+// tooSlow ends a Write.
+func (m *muxed) tooSlow() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.over {
+		m.control.SetWriteDeadline(time.Unix(1, 0))
+	}
+}
 
 func (m *muxed) SetWriteDeadline(t time.Time) error {
 	m.until = t
 	return nil
 }
 
-func (m *muxed) SetReadDeadline(t time.Time) error { return m.control.SetReadDeadline(t) }
+func (m *muxed) SetReadDeadline(t time.Time) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.over {
+		return net.ErrClosed
+	}
+	return m.control.SetReadDeadline(t)
+}
 
 func (m *muxed) SyscallConn() (syscall.RawConn, error) { return nil, errors.ErrUnsupported }
 
@@ -860,20 +888,20 @@ func (t *buffered) carry(dst, src *wire, closed string) (total int64) {
 			t.end("internal_error")
 		}
 	}()
-	for {
-		if src.buffered() == 0 {
-			if err := src.fill(); err == io.EOF {
-				first := t.note(closed)
-				if dst.tcp.CloseWrite() != nil {
-					t.end(first)
-				}
-				return total
-			} else if err != nil {
-				t.fail()
-				return total
+	var few [1 << 10]byte
+	for flows := false; ; {
+		p, err := src.next(few[:], flows)
+		if err == io.EOF {
+			first := t.note(closed)
+			if dst.tcp.CloseWrite() != nil {
+				t.end(first)
 			}
+			return total
+		} else if err != nil {
+			t.fail()
+			return total
 		}
-		p := src.take(math.MaxInt64)
+		flows = len(p) == len(few) || len(p) == bufferSize
 		n, err := dst.tcp.Write(p)
 		t.x.srv.metrics.moved(n, dst == &t.x.c.wire)
 		if total += int64(n); err != nil {
@@ -882,6 +910,30 @@ func (t *buffered) carry(dst, src *wire, closed string) (total int64) {
 		}
 		t.note("")
 	}
+}
+
+// next waits for bytes of a tunnel. While there are none no buffer is held, but a few bytes have room, unless many were here just now.
+func (w *wire) next(few []byte, flows bool) (p []byte, err error) {
+	switch {
+	case w.buffered() > 0:
+	case !w.coded:
+		err = w.ask(0, nil)
+	case flows:
+		err = w.fill()
+	default:
+		w.drop()
+		for n := 0; n == 0 && err == nil; p = few[:n] {
+			n, err = w.tcp.Read(few)
+		}
+		if len(p) > 0 {
+			err = nil // comes again
+		}
+		return p, err
+	}
+	if err != nil {
+		return nil, err
+	}
+	return w.take(math.MaxInt64), nil
 }
 
 // note takes note that bytes have moved, or that a side has closed, and tells which did first.

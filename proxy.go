@@ -589,7 +589,7 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	s.names, s.admin = &resolver{cfg: cfg, metrics: s.metrics}, newAdmin(s)
 	s.names.answers, _ = lru.New[string, dnsAnswer](4096) // fails on sizes below 1 only
 	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
-	s.limits.tunnels.most, s.limits.hosts.most = cfg.MaxTunnels, cfg.MaxConnsPerHost
+	s.limits.tunnels.most, s.limits.hosts.most, s.limits.streams.most = cfg.MaxTunnels, cfg.MaxConnsPerHost, connLimit()
 	s.limits.mostLarge = max(1, debug.SetMemoryLimit(-1)/8/int64(cfg.MaxHeader))
 	s.limits.rates = rates{limit: rate.Limit(cfg.Rate), burst: cmp.Or(cfg.RateBurst, 2*cfg.Rate)}
 	s.limits.rates.buckets, _ = lru.New[netip.Addr, *rate.Limiter](1 << 14) // of 200 bytes each
@@ -786,6 +786,8 @@ func (c *client) serve() {
 	}
 	if !parked && c.lingers {
 		c.linger()
+	} else if !parked && c.coded && !c.detached {
+		c.tcp.CloseWrite() // TLS tells of the end
 	}
 }
 
@@ -961,7 +963,8 @@ type limits struct {
 	conns           quota[struct{}]
 	clients         quota[netip.Addr] // connections by client.site
 	tunnels         quota[struct{}]
-	hosts           quota[string] // connections to origins by upstream.key
+	streams         quota[struct{}] // of HTTP/2 and 3
+	hosts           quota[string]   // connections to origins by upstream.key
 	rates           rates
 	shedding, large atomic.Int64 // connections that are being shed; buffers that are larger than pooled ones
 	full            atomic.Bool  // there is no memory for more
@@ -2953,7 +2956,7 @@ const (
 //	(*wire).fill                 reads once, into what room there is or is made; an error only when nothing was read
 //	(*wire).readWithin           sets the time for the next bytes, as readBy does, from a given one on. It may fire early
 //	(*wire).write(limit, a,b,c)  sends up to three pieces with one system call, within limit
-//	(*wire).ask(limit, p)        sends p and waits for the first bytes that come back
+//	(*wire).ask(limit, p)        sends p, if any, and waits for the first bytes that come (back)
 //	(*client).await              waits for a request, holding no buffer, and may serve those that need nothing more from the client;
 //	                             more = there is one to be read, or left. After parkAfter it may have the watcher call serve when
 //	                             there is something to read: parked, until unpark returns true
