@@ -888,9 +888,12 @@ func (t *buffered) carry(dst, src *wire, closed string) (total int64) {
 			t.end("internal_error")
 		}
 	}()
-	var few [1 << 10]byte
+	var few []byte
+	if src.coded {
+		few = make([]byte, 512)
+	}
 	for flows := false; ; {
-		p, err := src.next(few[:], flows)
+		p, err := src.next(few, flows)
 		if err == io.EOF {
 			first := t.note(closed)
 			if dst.tcp.CloseWrite() != nil {
