@@ -1,10 +1,11 @@
 // Sluice is a forward HTTP proxy that runs as a sidecar: the one way out of a container, a CI job or an agent's sandbox.
-// It is started by environment variables alone, forwards HTTP/1.1 and CONNECT tunnels, refuses private destinations
+// It is started by environment variables alone, forwards HTTP and CONNECT tunnels, refuses private destinations
 // unless told otherwise, and explains every refusal in the answer, in the log and in Proxy-Status with one token.
 //
 // The life of a connection:
 //
 //	listener (one per CPU, SO_REUSEPORT) → client policy: address, connection limits → client.serve, one goroutine
+//	  → the first bytes tell TLS, HTTP/2 and HTTP/1 apart; a stream of HTTP/2 or 3 comes in as one request of a client of its own
 //	  → wait for a request without holding a buffer → read its head → parse it strictly, in place
 //	  → admit: credentials, loops, hosts, ports → answer a refusal, or
 //	  → forward: a pooled connection, or resolve → judge every address → dial the allowed ones → pool
@@ -13,7 +14,8 @@
 //
 // Contents, as data flows: Entry · Configuration · Server · Clients · Wires and buffers · Heads · Requests · Policy ·
 // Names and dialling · Forwarding · Bodies · Tunnels · Answers · Logs ·
-// Platform contract (tune_linux.go, tune_other.go). What is told of it all, logger, metrics and admin listener, stands in observe.go.
+// Platform contract (tune_linux.go, tune_other.go). TLS, HTTP/2, HTTP/3 and UDP tunnels stand in front.go; what is told of it all,
+// records, metrics and the admin listener, in observe.go.
 //
 // What it deliberately does not do: cache, rewrite, intercept TLS, serve files, act as a reverse proxy, take flags.
 //
