@@ -71,8 +71,9 @@ func (s *server) openFront(ctx context.Context) error {
 		f.identity.stamp = f.identity.stamps()
 	}
 	quiet := slog.NewLogLogger(s.log.process.Handler(), slog.LevelDebug) // of clients that break the protocol
+	most := 2 * int(cfg.MaxHeader) // what is too large but not by much gets an answer that says so, and a record
 	f.handed, f.closed = make(chan net.Conn), make(chan struct{})
-	f.h2 = &http.Server{Handler: http.HandlerFunc(s.serveStream), ErrorLog: quiet, MaxHeaderBytes: int(cfg.MaxHeader), IdleTimeout: cfg.IdleTimeout,
+	f.h2 = &http.Server{Handler: http.HandlerFunc(s.serveStream), ErrorLog: quiet, MaxHeaderBytes: most, IdleTimeout: cfg.IdleTimeout,
 		Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerStream: s.window() / 4,
 			MaxReceiveBufferPerConnection: s.window(), WriteByteTimeout: cfg.BodyTimeout}}
 	f.h2.Protocols.SetHTTP2(true)
@@ -81,7 +82,7 @@ func (s *server) openFront(ctx context.Context) error {
 	if !cfg.HTTP3 {
 		return nil
 	}
-	f.h3 = &http3.Server{Handler: http.HandlerFunc(s.serveStream), EnableDatagrams: true, MaxHeaderBytes: int(cfg.MaxHeader), IdleTimeout: cfg.IdleTimeout,
+	f.h3 = &http3.Server{Handler: http.HandlerFunc(s.serveStream), EnableDatagrams: true, MaxHeaderBytes: most, IdleTimeout: cfg.IdleTimeout,
 		Logger: slog.New(slog.DiscardHandler), ConnContext: func(ctx context.Context, conn *quic.Conn) context.Context {
 			c, _ := f.carriers.Load(conn)
 			return context.WithValue(ctx, carrier{}, c)
@@ -451,7 +452,7 @@ func carrierOf(ctx context.Context, conn net.Conn) context.Context {
 // serveStream serves a request of HTTP/2 or 3.
 func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 	conn := r.Context().Value(carrier{}).(*client)
-	m := &muxed{w: w, r: r, control: http.NewResponseController(w), version: strconv.Itoa(r.ProtoMajor), protocol: r.Header.Get(":protocol")}
+	m := &muxed{w: w, r: r, control: http.NewResponseController(w), limit: s.cfg.BodyTimeout, version: strconv.Itoa(r.ProtoMajor), protocol: r.Header.Get(":protocol")}
 	if r.ProtoMajor == 3 && r.Method == "CONNECT" && r.Proto != "HTTP/3.0" {
 		m.protocol = r.Proto
 	}
@@ -460,6 +461,9 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 	stop := context.AfterFunc(r.Context(), c.lose)
 	defer stop()
 	whole := c.serveOne(m)
+	if whole && m.h3 == nil && m.limit > 0 {
+		m.control.SetWriteDeadline(time.Now().Add(m.limit)) // what is held back is sent when the handler has returned
+	}
 	m.mu.Lock()
 	m.over = true // though c.lose or a timer may still be at it
 	m.mu.Unlock()
@@ -541,8 +545,9 @@ type muxed struct {
 	begun   bool // the final head was written
 	tunnel  bool // bytes are not held back
 	h3      *http3.Stream
-	until   time.Time   // for the next Write; zero = any time
-	alarm   *time.Timer // ends that
+	limit   time.Duration // for a write; 0 = any time
+	held    int           // bytes written, up to heldBack
+	alarm   *time.Timer   // ends a write
 	writing atomic.Bool
 	closed  atomic.Bool
 	cut     atomic.Bool // the end is not to look like a good one
@@ -672,18 +677,12 @@ func (m *muxed) readChunk(p []byte) (n int, err error) {
 
 // Write takes heads, the final one and what follows it.
 func (m *muxed) Write(p []byte) (int, error) {
-	m.writing.Store(true)
-	defer m.writing.Store(false)
+	if m.held += len(p); m.held >= heldBack {
+		m.arm()
+		defer m.disarm()
+	}
 	if m.closed.Load() {
 		return 0, net.ErrClosed
-	}
-	if !m.until.IsZero() {
-		if left := time.Until(m.until); m.alarm == nil {
-			m.alarm = time.AfterFunc(left, m.tooSlow)
-		} else {
-			m.alarm.Reset(left)
-		}
-		defer m.alarm.Stop()
 	}
 	size := len(p)
 	for !m.begun {
@@ -764,7 +763,33 @@ func (m *muxed) setTrailers(lines []byte) {
 	}
 }
 
-func (m *muxed) flush() error { return m.control.Flush() }
+func (m *muxed) flush() error {
+	m.held = heldBack // from now on libraries hold nothing back, or not for long
+	m.arm()
+	defer m.disarm()
+	return m.control.Flush()
+}
+
+// heldBack is how much of a response both libraries hold before they send anything: so much can be written without a wait.
+const heldBack = 4 << 10
+
+// arm sets the limit for a write that may have to wait for the client.
+func (m *muxed) arm() {
+	m.writing.Store(true)
+	if m.limit == 0 {
+	} else if m.alarm == nil {
+		m.alarm = time.AfterFunc(m.limit, m.tooSlow)
+	} else {
+		m.alarm.Reset(m.limit)
+	}
+}
+
+func (m *muxed) disarm() {
+	if m.alarm != nil {
+		m.alarm.Stop()
+	}
+	m.writing.Store(false)
+}
 
 // tooSlow ends a Write.
 func (m *muxed) tooSlow() {
@@ -775,10 +800,8 @@ func (m *muxed) tooSlow() {
 	}
 }
 
-func (m *muxed) SetWriteDeadline(t time.Time) error {
-	m.until = t
-	return nil
-}
+// SetWriteDeadline is no need: every write has the same limit.
+func (m *muxed) SetWriteDeadline(t time.Time) error { return nil }
 
 func (m *muxed) SetReadDeadline(t time.Time) error {
 	m.mu.Lock()
@@ -1260,7 +1283,8 @@ func (s *server) listenQUIC(ctx context.Context, conn net.PacketConn) error {
 			if err != nil {
 				return
 			}
-			go s.serveQUIC(conn)
+			c, f := s.newClient(&quicConn{conn: conn}, udpPeer(conn.RemoteAddr()))
+			go s.serveQUIC(c, conn, f)
 		}
 	})
 	return nil
@@ -1268,9 +1292,8 @@ func (s *server) listenQUIC(ctx context.Context, conn net.PacketConn) error {
 
 func udpPeer(a net.Addr) netip.Addr { return a.(*net.UDPAddr).AddrPort().Addr().Unmap() }
 
-// serveQUIC serves a connection of HTTP/3.
-func (s *server) serveQUIC(conn *quic.Conn) {
-	c, f := s.newClient(&quicConn{conn: conn}, udpPeer(conn.RemoteAddr()))
+// serveQUIC serves a connection of HTTP/3, unless f says why not.
+func (s *server) serveQUIC(c *client, conn *quic.Conn, f *failure) {
 	defer c.end()
 	if f != nil {
 		f.status, c.rejected = 0, true // nobody has asked yet
