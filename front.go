@@ -279,7 +279,7 @@ type identity struct {
 	stamp   string // of the files that current, or the last complaint, was made of
 }
 
-// config is for every handshake anew.
+// config is for a listener that takes one for good.
 func (i *identity) config() *tls.Config {
 	return &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return i.inForce(), nil }}
 }
@@ -342,7 +342,7 @@ func (i *identity) read() (t *tls.Config, err error) {
 // startTLS has a connection that begins with TLS shake hands, and reports whether it speaks HTTP/1 then.
 func (c *client) startTLS(limit time.Duration) (http1 bool) {
 	socket := &netConn{stream: c.tcp, c: c, early: bytes.Clone(c.unused())}
-	conn := tls.Server(socket, c.srv.front.identity.config())
+	conn := tls.Server(socket, c.srv.front.identity.inForce()) // itself: tickets are sealed with keys that it holds
 	c.drop()
 	socket.SetDeadline(deadline(limit))
 	if err := conn.Handshake(); err != nil {
