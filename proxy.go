@@ -778,6 +778,8 @@ func (c *client) serve() {
 		}
 		if !c.settled && !c.settle() {
 			break
+		} else if c.coded && c.buffered() == 0 {
+			continue // the handshake brought no request yet
 		}
 		x := c.left
 		if c.left = nil; x == nil {
