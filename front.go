@@ -74,7 +74,7 @@ func (s *server) openFront(ctx context.Context) error {
 	most := 2 * int(cfg.MaxHeader) // what is too large but not by much gets an answer that says so, and a record
 	f.handed, f.closed = make(chan net.Conn), make(chan struct{})
 	f.h2 = &http.Server{Handler: http.HandlerFunc(s.serveStream), ErrorLog: quiet, MaxHeaderBytes: most, IdleTimeout: cfg.IdleTimeout,
-		Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerStream: s.window() / 4,
+		DisableGeneralOptionsHandler: true, Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerStream: s.window() / 4,
 			MaxReceiveBufferPerConnection: s.window(), WriteByteTimeout: cfg.BodyTimeout}}
 	f.h2.Protocols.SetHTTP2(true)
 	f.h2.Protocols.SetUnencryptedHTTP2(true)
@@ -560,7 +560,9 @@ type muxed struct {
 // smuggled one.
 func (m *muxed) head(limit time.Duration) ([]byte, *failure) {
 	r, method, target := m.r, m.r.Method, m.r.Host
-	switch {
+	switch path := r.RequestURI; {
+	case (method != "CONNECT" || m.protocol != "") && !strings.HasPrefix(path, "/") && (path != "*" || method != "OPTIONS"): // RFC 9113, 8.3.1
+		return nil, fail(400, tokenRequest, ":path does not begin with a slash") // it would go on with the host's name
 	case m.protocol == "connect-udp":
 		var ok bool
 		if target, ok = udpTarget(r.RequestURI); !ok {
