@@ -742,7 +742,11 @@ func (m *muxed) writeHead(head string) error {
 		}
 	}
 	m.begun, m.tunnel = true, m.r.Method == "CONNECT" && status/100 == 2
-	if m.w.WriteHeader(status); !m.tunnel {
+	m.w.WriteHeader(status)
+	if m.version == "2" {
+		clear(h) // a copy is sent; what stays here is sent again as a trailer, where Trailer has its name
+	}
+	if !m.tunnel {
 		return nil
 	}
 	if err := m.flush(); err != nil {
