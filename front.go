@@ -71,7 +71,7 @@ func (s *server) openFront(ctx context.Context) error {
 		f.identity.stamp = f.identity.stamps()
 	}
 	quiet := slog.NewLogLogger(s.log.process.Handler(), slog.LevelDebug) // of clients that break the protocol
-	most := 2 * int(cfg.MaxHeader) // what is too large but not by much gets an answer that says so, and a record
+	most := 2 * int(cfg.MaxHeader)                                       // what is too large but not by much gets an answer that says so, and a record
 	f.handed, f.closed = make(chan net.Conn), make(chan struct{})
 	f.h2 = &http.Server{Handler: http.HandlerFunc(s.serveStream), ErrorLog: quiet, MaxHeaderBytes: most, IdleTimeout: cfg.IdleTimeout,
 		DisableGeneralOptionsHandler: true, Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerStream: s.window() / 4,
@@ -930,14 +930,14 @@ func (t *buffered) carry(dst, src *wire, closed string) (total int64) {
 			}
 			return total
 		} else if err != nil {
-			t.fail()
+			t.end("connection_error")
 			return total
 		}
 		flows = len(p) == len(few) || len(p) == bufferSize
 		n, err := dst.tcp.Write(p)
 		t.x.srv.metrics.moved(n, dst == &t.x.c.wire)
 		if total += int64(n); err != nil {
-			t.fail()
+			t.end("connection_error")
 			return total
 		}
 		t.note("")
@@ -980,23 +980,15 @@ func (t *buffered) note(closed string) (first string) {
 	return first
 }
 
-// fail ends the tunnel so that neither side takes what it got for everything.
-func (t *buffered) fail() {
-	t.mu.Lock()
-	ended := t.ended
-	t.mu.Unlock()
-	if !ended {
-		t.up.tcp.SetLinger(0)
-		t.x.c.tcp.SetLinger(0)
-		t.end("connection_error")
-	}
-}
-
+// end ends both sides. After an error neither is to take what it got for everything.
 func (t *buffered) end(reason string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if !t.ended {
-		t.ended, t.reason = true, reason
+		if t.ended, t.reason = true, reason; reason == "connection_error" {
+			t.up.tcp.SetLinger(0)
+			t.x.c.tcp.SetLinger(0)
+		}
 		t.up.tcp.Close()
 		t.x.c.tcp.Close()
 	}
