@@ -360,7 +360,9 @@ func (c *client) startTLS(limit time.Duration) (http1 bool) {
 		c.handOver(conn)
 		return false
 	}
+	c.mu.Lock() // the drain may sever it meanwhile
 	c.tcp, c.coded, c.settled = &secured{stream: c.tcp, tls: conn}, true, true
+	c.mu.Unlock()
 	return true
 }
 

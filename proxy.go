@@ -897,14 +897,14 @@ func (c *client) abandonLocked() {
 func (c *client) sever(reason string) {
 	c.mu.Lock()
 	c.severed, c.gone = true, true
-	t := c.tunnel
+	t, conn := c.tunnel, c.tcp
 	c.mu.Unlock()
 	if t != nil {
 		t.end(reason)
 		return
 	}
 	c.abandon()
-	c.tcp.Close()
+	conn.Close()
 	if c.unpark() {
 		go c.serve() // finds it closed
 	}
