@@ -583,7 +583,7 @@ func (m *muxed) head(limit time.Duration) ([]byte, *failure) {
 	b := fmt.Appendf(nil, "%s %s HTTP/1.1\r\nHost: %s\r\n", method, target, r.Host)
 	lines := 3
 	for name, values := range r.Header {
-		if name == ":protocol" || name == "Host" {
+		if name == ":protocol" || name == "Host" || name == "Sec-Websocket-Key" && m.protocol == "websocket" { // which has no meaning there
 			continue
 		}
 		for _, v := range values {
