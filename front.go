@@ -478,15 +478,19 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 }
 
 // lose ends what a stream does that its client has given up, or that went down with its connection.
-func (c *client) lose() {
-	c.conn.mu.Lock()
-	severed := c.conn.severed
-	c.conn.mu.Unlock()
-	if severed {
-		c.sever("drain")
-	} else {
-		c.sever("connection_error")
+func (c *client) lose() { c.sever(c.severedBy()) }
+
+// severedBy is why a tunnel ends whose client was severed: the drain does that to connections alone.
+func (c *client) severedBy() string {
+	if c.conn == nil {
+		return "drain"
 	}
+	c.conn.mu.Lock()
+	defer c.conn.mu.Unlock()
+	if c.conn.severed {
+		return "drain"
+	}
+	return "connection_error"
 }
 
 // serveOne serves the one exchange of a stream, and reports whether that came to a good end.
@@ -890,7 +894,7 @@ func (x *exchange) relayBuffered(up *upstream) {
 		end.SetWriteDeadline(time.Time{})
 	}
 	if c.track(nil, nil, t) {
-		t.end("drain")
+		t.end(c.severedBy())
 	}
 	c.srv.exchanges.Put(x)
 	t.mu.Lock()
@@ -1096,7 +1100,7 @@ func (t *flow) carry() {
 	t.cancel, t.timer = cancel, time.AfterFunc(0, t.tick)
 	t.mu.Unlock()
 	if t.x.c.track(nil, nil, t) {
-		t.end("drain")
+		t.end(t.x.c.severedBy())
 	}
 	var others sync.WaitGroup
 	others.Go(t.fromOrigin)
