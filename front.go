@@ -454,6 +454,10 @@ func carrierOf(ctx context.Context, conn net.Conn) context.Context {
 // serveStream serves a request of HTTP/2 or 3.
 func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 	conn := r.Context().Value(carrier{}).(*client)
+	if !conn.hold() {
+		panic(http.ErrAbortHandler) // it has ended
+	}
+	defer conn.release()
 	m := &muxed{w: w, r: r, control: http.NewResponseController(w), limit: s.cfg.BodyTimeout, version: strconv.Itoa(r.ProtoMajor), protocol: r.Header.Get(":protocol")}
 	if r.ProtoMajor == 3 && r.Method == "CONNECT" && r.Proto != "HTTP/3.0" {
 		m.protocol = r.Proto
@@ -474,6 +478,22 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 	} else if m.h3 != nil {
 		m.h3.CancelRead(quic.StreamErrorCode(http3.ErrCodeNoError))
 		m.h3.Close()
+	}
+}
+
+// hold has the drain wait for a stream, too: its record is written when the connection has ended. false: that has.
+func (c *client) hold() bool {
+	for n := c.held.Load(); n > 0; n = c.held.Load() {
+		if c.held.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+	return false
+}
+
+func (c *client) release() {
+	if c.held.Add(-1) == 0 {
+		c.srv.serving.Done()
 	}
 }
 

@@ -716,20 +716,21 @@ type client struct {
 	site     netip.Addr // that limits go by
 	counted  bool       // among limits.conns and limits.clients
 	watch    watched
-	idle     atomic.Bool // between requests
-	shut     atomic.Bool // by closeIdle: what looks like a hang-up is none
-	now      time.Time   // when the last request ended
-	left     *exchange   // a request that await has read and left
-	under    *exchange   // the request under way
-	over     bool        // no further request is served
-	detached bool        // a tunnel has taken over
-	lingers  bool        // the end is made with care, since unread bytes are about
-	settled  bool        // it speaks HTTP/1
-	conn     *client     // carries this one, a stream of HTTP/2 or 3; nil = this is a connection
-	name     string      // in its certificate
-	proven   bool        // it came over TLS, with the certificate that SLUICE_TLS_CLIENT_CA may ask for
-	rejected bool        // is answered before it sent a request
-	luck     float64     // decides with LOG_SAMPLE whether it is told of
+	idle     atomic.Bool  // between requests
+	shut     atomic.Bool  // by closeIdle: what looks like a hang-up is none
+	now      time.Time    // when the last request ended
+	left     *exchange    // a request that await has read and left
+	under    *exchange    // the request under way
+	over     bool         // no further request is served
+	detached bool         // a tunnel has taken over
+	held     atomic.Int32 // by the connection, and by each of its streams
+	lingers  bool         // the end is made with care, since unread bytes are about
+	settled  bool         // it speaks HTTP/1
+	conn     *client      // carries this one, a stream of HTTP/2 or 3; nil = this is a connection
+	name     string       // in its certificate
+	proven   bool         // it came over TLS, with the certificate that SLUICE_TLS_CLIENT_CA may ask for
+	rejected bool         // is answered before it sent a request
+	luck     float64      // decides with LOG_SAMPLE whether it is told of
 
 	mu       sync.Mutex // guards what follows
 	gone     bool       // has hung up
@@ -749,6 +750,7 @@ func (s *server) newClient(conn stream, addr netip.Addr) (c *client, f *failure)
 	s.metrics.accepted.Inc()
 	s.metrics.clients.Add(1)
 	c = &client{addr: addr, luck: s.cfg.luck()}
+	c.held.Store(1)
 	c.attach(s, conn)
 	s.clients.Store(c, nil)
 	s.log.debug("client connected", c)
@@ -866,7 +868,7 @@ func (c *client) end() {
 	c.srv.clients.Delete(c)
 	c.srv.metrics.clients.Add(-1)
 	c.srv.log.debug("client closed", c)
-	c.srv.serving.Done()
+	c.release()
 }
 
 // closeIdle ends the wait of a connection that is between requests.
