@@ -500,14 +500,12 @@ func (c *client) release() {
 // lose ends what a stream does that its client has given up, or that went down with its connection.
 func (c *client) lose() { c.sever(c.severedBy()) }
 
-// severedBy is why a tunnel ends whose client was severed: the drain does that to connections alone.
+// severedBy is why a tunnel ends before its time: the drain has cut the connection, or else it is broken.
 func (c *client) severedBy() string {
-	if c.conn == nil {
-		return "drain"
-	}
-	c.conn.mu.Lock()
-	defer c.conn.mu.Unlock()
-	if c.conn.severed {
+	conn := cmp.Or(c.conn, c)
+	conn.mu.Lock()
+	defer conn.mu.Unlock()
+	if conn.severed {
 		return "drain"
 	}
 	return "connection_error"
@@ -956,14 +954,14 @@ func (t *buffered) carry(dst, src *wire, closed string) (total int64) {
 			}
 			return total
 		} else if err != nil {
-			t.end("connection_error")
+			t.end(t.x.c.severedBy())
 			return total
 		}
 		flows = len(p) == len(few) || len(p) == bufferSize
 		n, err := dst.tcp.Write(p)
 		t.x.srv.metrics.moved(n, dst == &t.x.c.wire)
 		if total += int64(n); err != nil {
-			t.end("connection_error")
+			t.end(t.x.c.severedBy())
 			return total
 		}
 		t.note("")
