@@ -1987,7 +1987,7 @@ func TestHTTP2Drain(t *testing.T) {
 			}
 			text := p.log.all() // nothing comes later
 			if !strings.Contains(text, `"close_reason":"drain"`) {
-				t.Error("the tunnel that was cut is not told of")
+				t.Errorf("the tunnel that was cut is not told of: %s", text)
 			}
 			if at := strings.Index(text, `"msg":"stopped"`); strings.Contains(text[at:], `"msg":"tunnel"`) {
 				t.Error("the tunnel is told of after the end")
