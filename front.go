@@ -663,7 +663,7 @@ func (m *muxed) Read(p []byte) (n int, err error) {
 	case m.r.Body == nil || m.ended && len(m.early) == 0:
 		return 0, io.EOF
 	case !m.chunked:
-		return m.r.Body.Read(p)
+		return m.readBody(p)
 	case len(m.early) == 0 && len(p) >= 64:
 		return m.readChunk(p)
 	case len(m.early) == 0:
@@ -676,11 +676,20 @@ func (m *muxed) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
+// readBody reads; that Close ended it does not look like the end of a time limit.
+func (m *muxed) readBody(p []byte) (int, error) {
+	n, err := m.r.Body.Read(p)
+	if m.closed.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
+		err = net.ErrClosed
+	}
+	return n, err
+}
+
 // readChunk reads a chunk, or the end of the body: what does not fit of the trailers goes to early.
 func (m *muxed) readChunk(p []byte) (n int, err error) {
 	const size = len("012345\r\n")
 	if n, m.first = copy(p[size:], m.first), nil; n == 0 {
-		n, err = m.r.Body.Read(p[size : len(p)-2])
+		n, err = m.readBody(p[size : len(p)-2])
 	}
 	if n > 0 {
 		copy(p, fmt.Sprintf("%06x\r\n", n))
