@@ -667,9 +667,9 @@ func (m *muxed) Read(p []byte) (n int, err error) {
 	case len(m.early) == 0 && len(p) >= 64:
 		return m.readChunk(p)
 	case len(m.early) == 0:
-		m.early = make([]byte, 512)
-		n, err = m.readChunk(m.early)
-		m.early = m.early[:n]
+		few := make([]byte, 512)
+		n, err = m.readChunk(few)
+		m.early = append(few[:n:n], m.early...) // which may hold the rest of trailers
 	}
 	n = copy(p, m.early)
 	m.early = m.early[n:]
