@@ -82,7 +82,7 @@ func (s *server) openFront(ctx context.Context) error {
 	if !cfg.HTTP3 {
 		return nil
 	}
-	f.h3 = &http3.Server{Handler: http.HandlerFunc(s.serveStream), EnableDatagrams: true, MaxHeaderBytes: most, IdleTimeout: cfg.IdleTimeout,
+	f.h3 = &http3.Server{Handler: http.HandlerFunc(s.serveStream), EnableDatagrams: true, MaxHeaderBytes: most, // quicConn knows when it is idle
 		Logger: slog.New(slog.DiscardHandler), ConnContext: func(ctx context.Context, conn *quic.Conn) context.Context {
 			c, _ := f.carriers.Load(conn)
 			return context.WithValue(ctx, carrier{}, c)
@@ -464,6 +464,10 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 	}
 	c := &client{addr: conn.addr, site: conn.site, name: conn.name, proven: conn.proven, luck: conn.luck, conn: conn, settled: true}
 	c.attach(s, m)
+	if q, ok := conn.tcp.(*quicConn); ok {
+		q.busy(1)
+		defer q.busy(-1)
+	}
 	stop := context.AfterFunc(r.Context(), c.lose)
 	defer stop()
 	whole := c.serveOne(m)
@@ -498,7 +502,11 @@ func (c *client) release() {
 }
 
 // lose ends what a stream does that its client has given up, or that went down with its connection.
-func (c *client) lose() { c.sever(c.severedBy()) }
+func (c *client) lose() {
+	if m := c.tcp.(*muxed); !m.finished.Load() {
+		c.sever(c.severedBy())
+	}
+}
 
 // severedBy is why a tunnel ends before its time: the drain has cut the connection, or else it is broken.
 func (c *client) severedBy() string {
@@ -516,7 +524,7 @@ func (c *client) serveOne(m *muxed) (whole bool) {
 	parked := false
 	defer c.leave(&parked)
 	x := c.newExchange()
-	head, f := m.head(c.srv.cfg.HeaderTimeout)
+	head, f := m.head(c.srv.cfg)
 	l := &c.srv.limits
 	if !l.streams.add(struct{}{}, 1) {
 		f = fail(503, tokenLimit, "%d streams are open, as many as descriptors and memory are enough for (SLUICE_NOFILE, SLUICE_MEMORY_LIMIT)", l.streams.most)
@@ -576,13 +584,14 @@ type muxed struct {
 	closed  atomic.Bool
 	cut     atomic.Bool // the end is not to look like a good one
 
-	mu   sync.Mutex
-	over bool // the handler returns: w must not be used any more; guarded by mu
+	mu       sync.Mutex
+	over     bool        // the handler returns: w must not be used any more; guarded by mu
+	finished atomic.Bool // all is sent: the request's context ends with that, the client's side may go on
 }
 
 // head writes the request as the head of an HTTP/1.1 message. Since that is what is parsed, a line more than those meant would be a
 // smuggled one.
-func (m *muxed) head(limit time.Duration) ([]byte, *failure) {
+func (m *muxed) head(cfg *config) ([]byte, *failure) {
 	r, method, target := m.r, m.r.Method, m.r.Host
 	switch path := r.RequestURI; {
 	case (method != "CONNECT" || m.protocol != "") && !strings.HasPrefix(path, "/") && (path != "*" || method != "OPTIONS"): // RFC 9113, 8.3.1
@@ -613,13 +622,23 @@ func (m *muxed) head(limit time.Duration) ([]byte, *failure) {
 			lines++
 		}
 	}
+	if len(b) > int(cfg.MaxHeader) { // said now, since what follows may wait
+		return nil, fail(431, tokenRequest, "the head is larger than %d bytes (SLUICE_MAX_HEADER)", cfg.MaxHeader)
+	} else if lines-3 > maxFields {
+		return nil, fail(431, tokenRequest, "%v", faultManyFields)
+	}
 	if m.protocol == "websocket" { // RFC 8441, 5.1: what HTTP/1.1 has besides
 		m.key = base64.StdEncoding.EncodeToString(binary16())
 		b = fmt.Appendf(b, "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: %s\r\n", m.key)
 		lines += 3
-	} else if m.chunked = method != "CONNECT" && m.isBodyOpen(limit); m.chunked {
-		b = append(b, "Transfer-Encoding: chunked\r\n"...)
-		lines++
+	} else if method != "CONNECT" {
+		var f *failure
+		if m.chunked, f = m.isBodyOpen(cfg.HeaderTimeout); f != nil {
+			return nil, f
+		} else if m.chunked {
+			b = append(b, "Transfer-Encoding: chunked\r\n"...)
+			lines++
+		}
 	}
 	if b = append(b, "\r\n"...); bytes.Count(b, []byte{'\n'}) != lines || len(r.Header["Transfer-Encoding"])+len(r.Header["Connection"])+len(r.Header["Upgrade"]) > 0 {
 		return nil, fail(400, tokenRequest, "a field is not one of HTTP/%s", m.version)
@@ -634,36 +653,53 @@ func binary16() []byte {
 }
 
 // isBodyOpen reports whether there is a body whose length is not told. Of a method that has none as a rule that is known when the
-// first byte of it has come, or its end.
-func (m *muxed) isBodyOpen(limit time.Duration) bool {
+// first byte of it has come, or its end; until then the request is not whole enough to be sent on.
+func (m *muxed) isBodyOpen(limit time.Duration) (open bool, f *failure) {
 	if _, told := m.r.Header["Content-Length"]; told || m.r.Body == nil || m.r.Body == http.NoBody || m.r.ContentLength == 0 && m.version == "2" {
-		return false
+		return false, nil
 	}
 	switch m.r.Method {
 	case "GET", "HEAD", "OPTIONS", "TRACE", "DELETE":
 	default:
-		return true
+		return true, nil
 	}
 	m.SetReadDeadline(deadline(limit))
 	var first [1]byte
 	n, err := m.r.Body.Read(first[:])
 	m.SetReadDeadline(time.Time{})
-	if n == 0 && err == io.EOF {
-		m.ended = true
-		return false
+	m.first, m.ended = first[:n], n == 0 && err == io.EOF
+	switch {
+	case n > 0 || err == nil: // nothing and no error: trailers
+		return true, nil
+	case m.ended:
+		return false, nil
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return false, fail(408, tokenRequest, "the request's end did not come within %v (SLUICE_HEADER_TIMEOUT)", limit)
 	}
-	m.first = first[:n]
-	return true
+	return false, fail(0, tokenClient, "the client left").because(err)
 }
 
 func (m *muxed) Read(p []byte) (n int, err error) {
+	if !m.closed.Load() {
+		n, err = m.read(p)
+	}
+	if n == 0 && m.closed.Load() {
+		err = net.ErrClosed // not that a deadline has passed, which is taken for one that fires early
+	}
+	return n, err
+}
+
+func (m *muxed) read(p []byte) (n int, err error) {
 	switch {
 	case m.h3 != nil:
 		return m.h3.Read(p)
 	case m.r.Body == nil || m.ended && len(m.early) == 0:
 		return 0, io.EOF
 	case !m.chunked:
-		return m.readBody(p)
+		if n, err = m.r.Body.Read(p); err != nil && err != io.EOF {
+			return 0, err // what came with it may be all that is waited for: more than Content-Length has is malformed (RFC 9114, 4.1.2)
+		}
+		return n, err
 	case len(m.early) == 0 && len(p) >= 64:
 		return m.readChunk(p)
 	case len(m.early) == 0:
@@ -676,20 +712,11 @@ func (m *muxed) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// readBody reads; that Close ended it does not look like the end of a time limit.
-func (m *muxed) readBody(p []byte) (int, error) {
-	n, err := m.r.Body.Read(p)
-	if m.closed.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
-		err = net.ErrClosed
-	}
-	return n, err
-}
-
 // readChunk reads a chunk, or the end of the body: what does not fit of the trailers goes to early.
 func (m *muxed) readChunk(p []byte) (n int, err error) {
 	const size = len("012345\r\n")
 	if n, m.first = copy(p[size:], m.first), nil; n == 0 {
-		n, err = m.readBody(p[size : len(p)-2])
+		n, err = m.r.Body.Read(p[size : len(p)-2])
 	}
 	if n > 0 {
 		copy(p, fmt.Sprintf("%06x\r\n", n))
@@ -757,11 +784,7 @@ func (m *muxed) writeHead(head string) error {
 			h[name] = append(h[name], strings.Trim(value, " \t"))
 		}
 	}
-	if status == 101 {
-		digest := sha1.Sum([]byte(m.key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) // RFC 6455, 4.2.2
-		if h.Get("Sec-WebSocket-Accept") != base64.StdEncoding.EncodeToString(digest[:]) {
-			return errors.New("the origin's 101 does not answer this hop's key")
-		}
+	if status == 101 { // was checked by mistaken
 		h.Del("Sec-WebSocket-Accept")
 		status = 200
 	} else if status < 200 {
@@ -779,18 +802,49 @@ func (m *muxed) writeHead(head string) error {
 	if m.version == "2" {
 		clear(h) // a copy is sent; what stays here is sent again as a trailer, where Trailer has its name
 	}
-	if !m.tunnel {
+	if !m.tunnel && (m.version == "2" || m.r.Method != "HEAD") { // to which quic-go would add a Content-Length of 0 in the end
 		return nil
 	}
 	if err := m.flush(); err != nil {
 		return err
 	}
-	if t, ok := m.w.(http3.HTTPStreamer); ok {
+	if t, ok := m.w.(http3.HTTPStreamer); ok && m.tunnel {
 		var err error
 		m.h3, err = t.HTTPStream()
 		return err
 	}
 	return nil
+}
+
+// mistaken says what makes an answer one that the client of an extended CONNECT would take for a WebSocket, and that is none.
+func (m *muxed) mistaken(status int, head []byte) error {
+	if m.protocol != "websocket" || status != 101 && status/100 != 2 {
+		return nil
+	} else if status != 101 {
+		return fault("no WebSocket, for which the request asks")
+	}
+	digest := sha1.Sum([]byte(m.key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) // RFC 6455, 4.2.2
+	for line := range bytes.Lines(head) {
+		name, value, _ := bytes.Cut(line, []byte{':'})
+		if equalFold(name, "sec-websocket-accept") && string(bytes.TrimSpace(value)) == base64.StdEncoding.EncodeToString(digest[:]) {
+			return nil
+		}
+	}
+	return fault("the 101 does not answer this hop's key")
+}
+
+// takesDatagrams reports whether the client has said that it takes datagrams of QUIC for its stream (RFC 9297, 2.1.1).
+func (m *muxed) takesDatagrams() bool {
+	conn, ok := m.w.(http3.Settingser)
+	if !ok || m.h3 == nil {
+		return false
+	}
+	select {
+	case <-conn.ReceivedSettings():
+		return conn.Settings().EnableDatagrams
+	default:
+		return false
+	}
 }
 
 // setTrailers has the fields sent that followed a chunked body.
@@ -848,6 +902,9 @@ func (m *muxed) SetReadDeadline(t time.Time) error {
 	if m.over {
 		return net.ErrClosed
 	}
+	if m.closed.Load() {
+		t = time.Unix(1, 0) // it stays at that
+	}
 	return m.control.SetReadDeadline(t)
 }
 
@@ -866,6 +923,7 @@ func (m *muxed) CloseWrite() error {
 	if m.h3 == nil {
 		return errors.ErrUnsupported
 	}
+	m.finished.Store(true)
 	return m.h3.Close()
 }
 
@@ -1078,11 +1136,11 @@ type flow struct {
 
 // flow serves a request for a UDP tunnel to its end.
 func (x *exchange) flow() *failure {
-	hosts, key := &x.srv.limits.hosts, string(x.dst.key)
-	if !hosts.add(key, 1) {
-		return fail(503, tokenLimit, "%d connections to %s are open, as many as there may be (SLUICE_MAX_CONNS_PER_HOST)", hosts.most, key)
+	key := string(x.dst.key)
+	if f := x.takePlace(key); f != nil {
+		return f
 	}
-	defer hosts.add(key, -1)
+	defer x.srv.limits.hosts.add(key, -1)
 	udp, f := x.openUDP()
 	if f != nil {
 		return f
@@ -1146,6 +1204,9 @@ func (t *flow) end(reason string) {
 	defer t.mu.Unlock()
 	if t.reason == "" {
 		t.reason = reason
+		if reason == "connection_error" {
+			t.m.SetLinger(0)
+		}
 		t.cancel()
 		t.udp.Close()
 		t.m.Close()
@@ -1180,9 +1241,12 @@ func (t *flow) toOrigin(datagram []byte) {
 	id, n, err := quicvarint.Parse(datagram)
 	if err != nil || id != 0 {
 		return
-	}
-	if n, err = t.udp.Write(datagram[n:]); err == nil { // what it may refuse, such as one that is too long, is lost as datagrams are
+	} else if len(datagram)-n > maxUDP {
+		t.end(t.x.c.severedBy())
+	} else if n, err = t.udp.Write(datagram[n:]); err == nil { // what it may refuse, such as one that is too long, is lost as datagrams are
 		t.moved(n, &t.up)
+	} else if errors.Is(err, syscall.ECONNREFUSED) { // that of one before, of which the reader is not told then
+		t.end(t.x.c.severedBy())
 	}
 }
 
@@ -1213,7 +1277,9 @@ func (t *flow) capsules() {
 		if err == io.EOF {
 			t.end("client_closed")
 			return
-		} else if err == nil && kind == capsuleDatagram && capsule.Remaining() <= 1<<16 {
+		} else if err == nil && kind == capsuleDatagram && capsule.Remaining() > maxUDP+8 {
+			err = errors.New("a capsule that is too long for a datagram")
+		} else if err == nil && kind == capsuleDatagram {
 			var b []byte
 			if b, err = io.ReadAll(capsule); err == nil {
 				t.toOrigin(b)
@@ -1222,14 +1288,16 @@ func (t *flow) capsules() {
 			err = capsule.Discard()
 		}
 		if err != nil {
-			t.m.SetLinger(0)
-			t.end("connection_error")
+			t.end(t.x.c.severedBy())
 			return
 		}
 	}
 }
 
-const capsuleDatagram = 0 // RFC 9297, 5.4
+const (
+	capsuleDatagram = 0     // RFC 9297, 5.4
+	maxUDP          = 65527 // bytes of a payload; more ends the tunnel (RFC 9298, 5)
+)
 
 // fromOrigin passes on what comes. What is too long for the client's path is dropped, as routers do.
 func (t *flow) fromOrigin() {
@@ -1240,22 +1308,26 @@ func (t *flow) fromOrigin() {
 	for {
 		n, err := t.udp.Read(buf[room:])
 		if err != nil { // refused, as an ICMP message said, or closed by end
-			t.m.SetLinger(0)
-			t.end("connection_error")
+			t.end(t.x.c.severedBy())
 			return
 		} else if n == len(buf)-room {
 			continue // there may be more of it
 		}
-		if t.m.h3 != nil {
-			buf[room-1] = 0
-			err = t.m.h3.SendDatagram(buf[room-1 : room+n])
+		buf[room-1] = 0
+		if t.m.takesDatagrams() {
+			if err = t.m.h3.SendDatagram(buf[room-1 : room+n]); err != nil {
+				continue
+			}
 		} else {
-			head := append(quicvarint.Append([]byte{capsuleDatagram}, uint64(n+1)), 0)
-			err = t.x.c.write(t.x.srv.cfg.BodyTimeout, append(buf[:room-len(head)], buf[room-len(head):room+n]...)[room-len(head):], nil, nil)
+			head := quicvarint.Append([]byte{capsuleDatagram}, uint64(n+1))
+			at := room - 1 - len(head)
+			copy(buf[at:], head)
+			if t.x.c.write(t.x.srv.cfg.BodyTimeout, buf[at:room+n], nil, nil) != nil { // a part may have been sent: no capsule can follow
+				t.end(t.x.c.severedBy())
+				return
+			}
 		}
-		if err == nil {
-			t.moved(n, &t.down)
-		}
+		t.moved(n, &t.down)
 	}
 }
 
@@ -1266,19 +1338,21 @@ func (t *flow) fromOrigin() {
 // both had it, the kernel would give packets to either.
 func (s *server) openQUIC(ctx context.Context, addr netip.AddrPort) error {
 	os.Setenv("QUIC_GO_DISABLE_RECEIVE_BUFFER_WARNING", "true") // it goes to stderr
-	conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(addr))
+	listener, err := s.listenQUIC(addr)
 	if err == nil {
-		return s.listenQUIC(ctx, conn)
+		s.run(&s.accepting, func() { s.acceptQUIC(ctx, listener) })
+		return nil
 	} else if !errors.Is(err, syscall.EADDRINUSE) {
 		return err
 	}
 	s.log.process.Warn("UDP port is in use: HTTP/3 waits for it", logMessage, err.Error())
-	s.run(&s.behind, func() {
+	s.run(&s.accepting, func() { // the drain waits for this to have ended before it looks for clients
 		for ctx.Err() == nil {
-			if conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(addr)); err == nil {
-				if err = s.listenQUIC(ctx, conn); err != nil {
-					s.log.process.Error("no HTTP/3", logType, tokenInternal, logMessage, err.Error())
-				}
+			if listener, err := s.listenQUIC(addr); err == nil {
+				s.acceptQUIC(ctx, listener)
+				return
+			} else if !errors.Is(err, syscall.EADDRINUSE) {
+				s.log.process.Error("no HTTP/3", logType, tokenInternal, logMessage, err.Error())
 				return
 			}
 			select {
@@ -1290,7 +1364,11 @@ func (s *server) openQUIC(ctx context.Context, addr netip.AddrPort) error {
 	return nil
 }
 
-func (s *server) listenQUIC(ctx context.Context, conn net.PacketConn) error {
+func (s *server) listenQUIC(addr netip.AddrPort) (*quic.Listener, error) {
+	conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(addr))
+	if err != nil {
+		return nil, err
+	}
 	unproven := rate.NewLimiter(100, 100) // handshakes a second that go without a proof of the address (RFC 9000, 8.1.2)
 	t := &quic.Transport{Conn: conn, VerifySourceAddress: func(net.Addr) bool { return !unproven.Allow() },
 		ConnContext: func(ctx context.Context, info *quic.ClientInfo) (context.Context, error) {
@@ -1299,32 +1377,31 @@ func (s *server) listenQUIC(ctx context.Context, conn net.PacketConn) error {
 			}
 			return ctx, nil
 		}}
-	listener, err := t.Listen(http3.ConfigureTLSConfig(s.front.identity.config()), &quic.Config{EnableDatagrams: true, HandshakeIdleTimeout: s.cfg.HeaderTimeout,
+	s.front.udp = append(s.front.udp, t)
+	return t.Listen(http3.ConfigureTLSConfig(s.front.identity.config()), &quic.Config{EnableDatagrams: true, HandshakeIdleTimeout: s.cfg.HeaderTimeout,
 		MaxIncomingStreams: maxStreams, MaxIncomingUniStreams: 8, MaxIdleTimeout: time.Minute, KeepAlivePeriod: 20 * time.Second, // for tunnels; finds the dead
 		InitialStreamReceiveWindow: uint64(s.window() / 4), MaxStreamReceiveWindow: uint64(s.window() / 4),
 		InitialConnectionReceiveWindow: uint64(s.window()), MaxConnectionReceiveWindow: uint64(s.window())})
-	if err != nil {
-		return err
-	}
-	s.front.udp = append(s.front.udp, t)
-	s.run(&s.accepting, func() {
-		defer listener.Close()
-		for {
-			conn, err := listener.Accept(ctx)
-			if err != nil {
-				return
-			}
-			c, f := s.newClient(&quicConn{conn: conn}, udpPeer(conn.RemoteAddr()))
-			go s.serveQUIC(c, conn, f)
+}
+
+// acceptQUIC has connections served until ctx ends.
+func (s *server) acceptQUIC(ctx context.Context, l *quic.Listener) {
+	defer l.Close()
+	for {
+		conn, err := l.Accept(ctx)
+		if err != nil {
+			return
 		}
-	})
-	return nil
+		q := &quicConn{conn: conn, patience: cmp.Or(s.cfg.IdleTimeout, never)}
+		c, f := s.newClient(q, udpPeer(conn.RemoteAddr())) // here, so that the drain knows of it
+		go s.serveQUIC(conn, c, f)
+	}
 }
 
 func udpPeer(a net.Addr) netip.Addr { return a.(*net.UDPAddr).AddrPort().Addr().Unmap() }
 
-// serveQUIC serves a connection of HTTP/3, unless f says why not.
-func (s *server) serveQUIC(c *client, conn *quic.Conn, f *failure) {
+// serveQUIC serves a connection of HTTP/3.
+func (s *server) serveQUIC(conn *quic.Conn, c *client, f *failure) {
 	defer c.end()
 	if f != nil {
 		f.status, c.rejected = 0, true // nobody has asked yet
@@ -1332,16 +1409,39 @@ func (s *server) serveQUIC(c *client, conn *quic.Conn, f *failure) {
 		conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad), f.text)
 		return
 	}
+	q := c.tcp.(*quicConn)
+	q.timer = time.AfterFunc(q.patience, q.tick)
+	defer q.timer.Stop()
 	c.name, c.proven = subject(conn.ConnectionState().TLS.PeerCertificates), true
 	s.front.carriers.Store(conn, c)
 	defer s.front.carriers.Delete(conn)
 	s.front.h3.ServeQUICConn(conn)
 }
 
-// quicConn is a connection as the stream of a client that is not read from itself.
+// quicConn is a connection as the stream of a client that is not read from itself. It is closed when no request is served for a while:
+// http3.Server has a time for that which stands still as soon as a stream is open, even if the head of a request never comes on it.
 type quicConn struct {
 	stream
-	conn *quic.Conn
+	conn     *quic.Conn
+	patience time.Duration
+	served   atomic.Int64 // requests under way
+	timer    *time.Timer
+}
+
+// busy counts requests. The timer may be left running by two at a time; it is stopped by none while there is no request.
+func (q *quicConn) busy(n int64) {
+	switch now := q.served.Add(n); {
+	case n > 0 && now == 1:
+		q.timer.Stop()
+	case now == 0:
+		q.timer.Reset(q.patience)
+	}
+}
+
+func (q *quicConn) tick() {
+	if q.served.Load() == 0 {
+		q.Close()
+	}
 }
 
 func (q *quicConn) SyscallConn() (syscall.RawConn, error) { return nil, errors.ErrUnsupported }

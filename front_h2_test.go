@@ -1484,7 +1484,7 @@ func TestHTTP2WebSocket(t *testing.T) {
 			h.t = t
 			id := ask(o, "/chat")
 			up := upgrade(t, o, func(string) string { return "bm8=" })
-			h.wantsReset(id)
+			h.wantsRefusal(id, 502, "http_protocol_error")
 			up.wantsEnd()
 		})
 		t.Run("the origin says no", func(t *testing.T) {

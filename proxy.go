@@ -1275,6 +1275,9 @@ func (h *head) reset(raw []byte) {
 	*h = head{raw: raw, fields: h.fields[:0], named: h.named[:0], minor: 1, length: -1, forwards: -1}
 }
 
+// maxFields is how many fields a head may have.
+const maxFields = 256
+
 // parseFields reads the field lines of raw from at up to the empty line. hop is this hop's Via name. unfold turns obs-fold into
 // spaces, as RFC 9112, 5.2 asks of a proxy for responses; without it obs-fold is a fault.
 func (h *head) parseFields(at int, hop []byte, unfold bool) error {
@@ -1294,7 +1297,7 @@ func (h *head) parseFields(at int, hop []byte, unfold bool) error {
 			return fault("a field name is empty, holds an invalid byte, or is not followed by a colon")
 		case !allValue(line[colon+1:]):
 			return fault("a field value holds an invalid byte")
-		case len(h.fields) == 256:
+		case len(h.fields) == maxFields:
 			return faultManyFields
 		}
 		kind, err := h.note(line[:colon], line[colon+1:], hop)
@@ -2119,18 +2122,14 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	if f != nil {
 		return nil, f
 	}
-	hosts, key := &x.srv.limits.hosts, string(x.dst.key)
-	for wait := time.Duration(0); !hosts.add(key, 1); time.Sleep(wait) { // one may be on its way back: its client has its answer already
-		if idle := x.srv.pool.get(x.dst.key, x.start, false); idle != nil { // of no use for a tunnel
-			idle.close()
-		} else if wait += time.Millisecond; wait > 5*time.Millisecond {
-			return nil, fail(503, tokenLimit, "%d connections to %s are open, as many as there may be (SLUICE_MAX_CONNS_PER_HOST)", hosts.most, key)
-		}
+	key := string(x.dst.key)
+	if f := x.takePlace(key); f != nil {
+		return nil, f
 	}
 	begun := time.Now()
 	up, err := x.srv.dial(ctx, allowed)
 	if err != nil {
-		hosts.add(key, -1)
+		x.srv.limits.hosts.add(key, -1)
 		return nil, x.dialFailure(err)
 	}
 	up.key, x.asked = key, time.Now()
@@ -2138,6 +2137,19 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	x.srv.metrics.upstreams.Add(1)
 	x.first, up.requests = x.srv.reached.first(&x.dst) // a connection of the pool is to one that is known
 	return up, nil
+}
+
+// takePlace takes one of the connections that there may be to a destination.
+func (x *exchange) takePlace(key string) *failure {
+	hosts := &x.srv.limits.hosts
+	for wait := time.Duration(0); !hosts.add(key, 1); time.Sleep(wait) { // one may be on its way back: its client has its answer already
+		if idle := x.srv.pool.get(x.dst.key, x.start, false); idle != nil { // of no use for a tunnel
+			idle.close()
+		} else if wait += time.Millisecond; wait > 5*time.Millisecond {
+			return fail(503, tokenLimit, "%d connections to %s are open, as many as there may be (SLUICE_MAX_CONNS_PER_HOST)", hosts.most, key)
+		}
+	}
+	return nil
 }
 
 // locate gives the addresses of the destination that may be dialled.
@@ -2429,6 +2441,9 @@ func (x *exchange) receive(up *upstream) *failure {
 		}
 		x.resp.reset(raw)
 		status, err := x.resp.parseStatus()
+		if m, ok := x.c.tcp.(*muxed); ok && err == nil {
+			err = m.mistaken(status, raw)
+		}
 		switch {
 		case err != nil:
 			return x.upstreamFailure(err)
@@ -2689,14 +2704,14 @@ func (b *body) chunkFraming(in []byte) (more bool, err error) {
 			err = faultChunk
 		}
 	case chunkTrailers:
-		if n, _, err = sectionEnd(in, 0); n > 2 {
+		if n, _, err = sectionEnd(in, 0); err == nil && max(n, len(in)) > bufferSize && (n == 0 || n > bufferSize) {
+			err = faultChunk // the trailers are too large
+		} else if n > 2 {
 			var t head
 			t.reset(in[:n])
 			t.named = b.named
 			err = t.parseFields(0, nil, b.unfold)
 			b.trailer = t.appendKept(nil)
-		} else if n == 0 && err == nil && len(in) > bufferSize {
-			err = faultChunk
 		}
 	}
 	if n == 0 || err != nil {

@@ -199,7 +199,11 @@ func startProxy(t testing.TB, vars ...string) *testProxy {
 func awaitNoLeak(t testing.TB, goroutines, files int) {
 	for end := time.Now().Add(patience); runtime.NumGoroutine() > goroutines || countFiles() > files; time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Errorf("leak: %d goroutines (%d before), %d descriptors (%d before)\n%s", runtime.NumGoroutine(), goroutines, countFiles(), files, stacks())
+			open, _ := filepath.Glob("/proc/self/fd/*")
+			for i, path := range open {
+				open[i], _ = os.Readlink(path)
+			}
+			t.Errorf("leak: %d goroutines (%d before), %d descriptors (%d before)\n%s\n%s", runtime.NumGoroutine(), goroutines, countFiles(), files, open, stacks())
 			return
 		}
 	}
