@@ -44,7 +44,8 @@ import (
 // Logger
 
 // logger stands before a writer that may block: sampler (wants) → encoder → queue → drain. A goroutine writes what waits in one piece;
-// what finds LOG_BUFFER full is dropped. Records about traffic are sampled by level before they are built, those about the process never.
+// what finds LOG_BUFFER full, or waiting longer than its bytes may be, is dropped: clients choose much of a record, and stdout may be
+// blocked for ever. Records about traffic are sampled by level before they are built, those about the process never.
 type logger struct {
 	cfg     *config
 	process *slog.Logger
@@ -56,6 +57,8 @@ type logger struct {
 	mu      sync.Mutex // guards what follows
 	work    sync.Cond  // there may be something to do
 	waiting []byte
+	bytes   int64    // waiting or being written
+	most    int64    // of these
 	records [4]int64 // waiting or being written, by rank
 	written [4]int64 // so far, by rank
 	dropped [4]int64 // so far, by rank
@@ -67,7 +70,7 @@ type logger struct {
 func rank(level slog.Level) int { return max(0, min(int(level+4)/4, 3)) }
 
 func newLogger(cfg *config, stdout io.Writer) *logger {
-	l := &logger{cfg: cfg, out: stdout, done: make(chan struct{})}
+	l := &logger{cfg: cfg, out: stdout, done: make(chan struct{}), most: max(1<<20, 512*min(int64(cfg.LogBuffer), math.MaxInt64/512))}
 	encoder := encoderFor(cfg, stdout)
 	l.direct, l.work.L = slog.New(encoder(stdout)), &l.mu
 	var byRank ranked
@@ -77,6 +80,13 @@ func newLogger(cfg *config, stdout io.Writer) *logger {
 	l.process = slog.New(byRank)
 	go l.drain()
 	return l
+}
+
+// bound keeps what waits within a number of bytes, or what it was within, if that is less.
+func (l *logger) bound(most int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.most = min(l.most, most)
 }
 
 // encoderFor gives what makes the handlers that LOG_FORMAT asks for.
@@ -159,8 +169,8 @@ func (w rankWriter) Write(p []byte) (int, error) {
 	l := w.l
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.records[0]+l.records[1]+l.records[2]+l.records[3] < int64(l.cfg.LogBuffer) {
-		l.waiting = append(l.waiting, p...)
+	if l.records[0]+l.records[1]+l.records[2]+l.records[3] < int64(l.cfg.LogBuffer) && l.bytes < l.most {
+		l.waiting, l.bytes = append(l.waiting, p...), l.bytes+int64(len(p))
 		l.records[w.rank]++
 	} else {
 		l.dropped[w.rank]++
@@ -194,12 +204,16 @@ func (l *logger) drain() {
 			l.direct.Warn("log records dropped", "count", unsaid)
 		}
 		l.mu.Lock()
+		l.bytes -= int64(len(batch))
 		for i, n := range records {
 			l.records[i] -= n
 			l.written[i] += n
 		}
 		l.written[rank(slog.LevelWarn)] += min(unsaid, 1)
 		l.mu.Unlock()
+		if cap(batch) > 1<<20 { // of a burst
+			batch = nil
+		}
 	}
 }
 

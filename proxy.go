@@ -209,7 +209,7 @@ type config struct {
 	LogLevel               slog.Level    `env:"LOG_LEVEL" envDefault:"info"`                 // Least level that is logged: `debug`, `info`, `warn`, `error`.
 	LogFormat              string        `env:"LOG_FORMAT" envDefault:"auto"`                // `json`; `cbor` (a sequence of maps, which `sluice logs` turns into lines of JSON); `text` (for people); `auto` = text on a terminal, else json.
 	LogSample              shares        `env:"LOG_SAMPLE"`                                  // Share of connection, request and tunnel records kept per level, as in `debug=0.01,info=0.1`; levels not named are kept. Records about the process itself are never sampled.
-	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written; when full, new ones are dropped and counted, never waited for.
+	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written, 512 bytes of each on average, but 1 MiB in all at least and a sixteenth of SLUICE_MEMORY_LIMIT at most; when full, new ones are dropped and counted, never waited for.
 	LogQuery               bool          `env:"LOG_QUERY" envDefault:"false"`                // Log query strings, in `url.query`. User info and credentials are never logged.
 	Tune                   string        `env:"TUNE" envDefault:"check"`                     // Kernel settings: `check` warns of those that fall short, `apply` also writes them where the container may, `off`.
 	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one, but at least 12 MiB less than that. GOMEMLIMIT, where it is set, wins.
@@ -593,6 +593,7 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
 	s.limits.tunnels.most, s.limits.hosts.most, s.limits.streams.most = cfg.MaxTunnels, cfg.MaxConnsPerHost, connLimit()
 	s.limits.mostLarge = max(1, debug.SetMemoryLimit(-1)/8/int64(cfg.MaxHeader))
+	log.bound(debug.SetMemoryLimit(-1) / 16)
 	s.limits.rates = rates{limit: rate.Limit(cfg.Rate), burst: cmp.Or(cfg.RateBurst, 2*cfg.Rate)}
 	s.limits.rates.buckets, _ = lru.New[netip.Addr, *rate.Limiter](1 << 14) // of 200 bytes each
 	s.buffers.New = func() any { return new([bufferSize]byte) }

@@ -7036,6 +7036,49 @@ func TestBlockedStdout(t *testing.T) {
 	}
 }
 
+// Clients choose much of a record, and nobody may read stdout: what waits is bounded by bytes, too, and what a burst took is given back.
+func TestLongRecordsWait(t *testing.T) {
+	for limit, most := range map[int64]int{math.MaxInt64: 8192 * 512, 32 << 20: 2 << 20} {
+		out, cfg := &stuckWriter{gate: make(chan struct{})}, &config{LogBuffer: 8192, LogFormat: "json", MaxHeader: 1 << 16}
+		log := newLogger(cfg, out)
+		before := debug.SetMemoryLimit(limit)
+		s, err := newServer(cfg, log)
+		debug.SetMemoryLimit(before)
+		if err != nil {
+			t.Fatal(err)
+		}
+		log.process.Info("short")
+		eventually(t, "the writer to be stuck", func() bool { log.mu.Lock(); defer log.mu.Unlock(); return len(log.waiting) == 0 })
+		long := strings.Repeat("x", 3000)
+		for range 8000 {
+			log.process.Info(long)
+		}
+		log.mu.Lock()
+		waiting, room := len(log.waiting), cap(log.waiting)
+		log.mu.Unlock()
+		if waiting < most-4096 || waiting > most+4096 || room > 2*most {
+			t.Errorf("with a limit of %d, %d bytes wait, in %d; want %d", limit, waiting, room, most)
+		}
+		close(out.gate)
+		written, dropped := int64(0), int64(0)
+		for i := range int64(3) { // each of these takes the other buffer
+			eventually(t, "the records to be written", func() bool {
+				written, dropped = log.count(rank(slog.LevelInfo))
+				return written+dropped == 8001+i
+			})
+			log.process.Info("short")
+		}
+		s.close()
+		log.close(time.Second)
+		if room = cap(log.waiting); room > 1<<20 {
+			t.Errorf("%d bytes are kept for what waits", room)
+		}
+		if n := int64(strings.Count(out.all(), long)); written != n+3 || dropped != 8000-n {
+			t.Errorf("%d long records came; counted: %d written, %d dropped", n, written, dropped)
+		}
+	}
+}
+
 // Records of one connection share a decision: a connection whose opening is told of is one whose end is told of, too.
 func TestLogSampleSharesADecision(t *testing.T) {
 	if !apart(t) {
