@@ -269,18 +269,18 @@ func (x *summary) record(f *failure) {
 func (x *summary) describe(f *failure) {
 	add := func(name, value string) {
 		if value != "" {
-			x.attrs = append(x.attrs, slog.String(name, value[:min(len(value), 1024)])) // some are a client's choice
+			x.attrs = append(x.attrs, slog.String(name, value))
 		}
 	}
 	add(logClient, x.c.addr.String())
-	add(logUser, x.user)
-	add(logMethod, string(x.method))
+	add(logUser, cut(x.user, mostTold))
+	add(logMethod, cut(x.method, mostTold))
 	add(logServer, string(x.dst.host))
-	if path, query, _ := strings.Cut(string(x.target), "?"); !x.connect && len(x.dst.host) > 0 {
+	if path, query, _ := bytes.Cut(x.target, []byte("?")); !x.connect && len(x.dst.host) > 0 {
 		add(logScheme, "http")
-		add(logPath, cmp.Or(path, "/"))
+		add(logPath, cmp.Or(cut(path, mostTold), "/"))
 		if x.srv.cfg.LogQuery {
-			add(logQuery, query)
+			add(logQuery, cut(query, mostTold))
 		}
 	}
 	if len(x.dst.host) > 0 {
@@ -299,10 +299,21 @@ func (x *summary) describe(f *failure) {
 		slog.Float64(logDuration, milliseconds(x.end.Sub(x.start))))
 	if f != nil {
 		add(logType, f.token)
-		add(logMessage, f.logged())
+		add(logMessage, cut(f.logged(), mostTold))
 	}
 	add(logClose, x.closed)
 	add(logTrace, x.trace)
+}
+
+// mostTold is how many bytes are told of what clients and origins choose.
+const mostTold = 1024
+
+// cut is text up to most bytes, and keeps nothing alive beyond these.
+func cut[T string | []byte](text T, most int) string {
+	if len(text) > most {
+		return strings.Clone(string(text[:most]))
+	}
+	return string(text)
 }
 
 func milliseconds(d time.Duration) float64 { return math.Round(d.Seconds()*1e6) / 1e3 }
@@ -689,8 +700,7 @@ func (m *telemetry) note(x *summary, f *failure) {
 	} else if f.token == tokenDenied || f.token == tokenProhibited {
 		m.denied.WithLabelValues(f.token).Inc()
 	}
-	method, message := string(x.method), f.logged()
-	n := failed{x.end, x.c.addr.String(), x.user, method[:min(len(method), 32)], string(x.dst.host), x.dst.port, x.status, f.token, message[:min(len(message), 1024)]}
+	n := failed{x.end, x.c.addr.String(), cut(x.user, mostTold), cut(x.method, 32), string(x.dst.host), x.dst.port, x.status, f.token, cut(f.logged(), mostTold)}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.failures = append(m.failures[max(0, len(m.failures)-19):], n)

@@ -1565,7 +1565,7 @@ func (x *exchange) readRequest() *failure {
 	}
 	x.keep = x.req.minor == 1 && !x.req.close && !x.srv.draining.Load() // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
 	x.reqBody.begin(&x.c.wire, &x.req, bodyLength, int64(x.srv.cfg.MaxRequestBody))
-	x.trace = traceID(string(x.req.trace))
+	x.trace = traceID(cut(x.req.trace, 56)) // a tunnel keeps it
 	return nil
 }
 
@@ -1759,7 +1759,7 @@ func (x *exchange) unlessAudited(f *failure) *failure {
 		return f
 	}
 	if isNew, _ := x.srv.doubtful.first(&x.dst); isNew {
-		x.srv.log.process.Warn("would deny", logClient, x.c.addr.String(), logMethod, string(x.method), logServer, string(x.dst.host),
+		x.srv.log.process.Warn("would deny", logClient, x.c.addr.String(), logMethod, cut(x.method, mostTold), logServer, string(x.dst.host),
 			logPort, int(x.dst.port), "would_deny", f.text)
 	}
 	return nil

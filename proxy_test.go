@@ -6856,6 +6856,35 @@ func TestHostileRequestsInLogs(t *testing.T) {
 	}
 }
 
+// What clients choose is told in part, also by audit mode, and no record or failure keeps the whole of it in memory.
+func TestLongRequestsAreToldInPart(t *testing.T) {
+	p := startProxy(t, "MODE=audit", "ALLOW_HOSTS=origin.test")
+	p.dial(t).ask("M"+strings.Repeat("X", 60_000), "http://127.0.0.1:1/")
+	if n := len(p.log.await(t, "would deny", 1)["http.request.method"].(string)); n != 1024 {
+		t.Errorf("the record's method has %d bytes", n)
+	}
+	s := testServer(t, "LOG_QUERY=true")
+	heap := func() int {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int(m.HeapAlloc)
+	}
+	before, told := heap(), [][]slog.Attr{}
+	for range 20 {
+		x := &exchange{summary: summary{srv: s, c: &client{}, dst: destination{host: []byte("origin.test")}}}
+		x.method, x.target = bytes.Repeat([]byte("M"), 1<<20), append(bytes.Repeat([]byte("/"), 1<<20), "?query"...)
+		f := fail(502, tokenProtocol, "of the origin").because(errors.New(strings.Repeat("x", 1<<20)))
+		x.describe(f)
+		s.metrics.note(&x.summary, f)
+		told = append(told, x.attrs)
+	}
+	if n := heap() - before; n > 10<<20 {
+		t.Errorf("%d bytes are kept of 20 requests", n)
+	}
+	runtime.KeepAlive(told)
+}
+
 func TestTraceID(t *testing.T) {
 	p := startProxy(t)
 	const id, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
