@@ -49,33 +49,67 @@ import (
 type logger struct {
 	cfg     *config
 	process *slog.Logger
-	direct  *slog.Logger // past the queue
+	drops   *slog.Logger // for what is said of records that were dropped: there is always room
 	out     io.Writer
 	done    chan struct{}   // closed when everything is written after close
 	sampled [4]atomic.Int64 // records left out, by rank of their level
+	batch   queue           // being written; owned by drain
 
 	mu      sync.Mutex // guards what follows
 	work    sync.Cond  // there may be something to do
-	waiting []byte
-	bytes   int64    // waiting or being written
-	most    int64    // of these
-	records [4]int64 // waiting or being written, by rank
-	written [4]int64 // so far, by rank
-	dropped [4]int64 // so far, by rank
-	unsaid  int64    // dropped since that was last said
+	waiting queue
+	records int       // waiting or being written
+	bytes   int       // of these
+	most    int       // bytes
+	written [4]int64  // so far, by rank
+	dropped [4]int64  // so far, by rank
+	unsaid  int64     // dropped since that was last said
+	said    time.Time // when
 	closed  bool
+}
+
+// queue is encoded records, one behind the other.
+type queue struct {
+	text  []byte
+	marks []uint32 // of each: length << 2 | rank
+}
+
+func (q *queue) add(p []byte, rank int) {
+	q.text, q.marks = append(q.text, p...), append(q.marks, uint32(len(p)<<2|rank))
+}
+
+// skip takes n bytes from the front, and tells of how many records, by rank, those were the end.
+func (q *queue) skip(n int) (ended [4]int64) {
+	for q.text = q.text[n:]; len(q.marks) > 0; q.marks = q.marks[1:] {
+		m := q.marks[0]
+		if n < int(m>>2) {
+			q.marks[0] -= uint32(n << 2)
+			break
+		}
+		n -= int(m >> 2)
+		ended[m&3]++
+	}
+	return ended
+}
+
+// emptied is the memory of q, unless a burst has made that large.
+func (q *queue) emptied() queue {
+	if cap(q.text) > 1<<20 {
+		return queue{}
+	}
+	return queue{q.text[:0], q.marks[:0]}
 }
 
 // rank numbers the levels from 0 (debug) to 3 (error).
 func rank(level slog.Level) int { return max(0, min(int(level+4)/4, 3)) }
 
 func newLogger(cfg *config, stdout io.Writer) *logger {
-	l := &logger{cfg: cfg, out: stdout, done: make(chan struct{}), most: max(1<<20, 512*min(int64(cfg.LogBuffer), math.MaxInt64/512))}
+	l := &logger{cfg: cfg, out: stdout, done: make(chan struct{}), most: max(1<<20, 512*min(cfg.LogBuffer, math.MaxInt/512))}
 	encoder := encoderFor(cfg, stdout)
-	l.direct, l.work.L = slog.New(encoder(stdout)), &l.mu
+	l.drops, l.work.L = slog.New(encoder(rankWriter{l, rank(slog.LevelWarn), true})), &l.mu
 	var byRank ranked
 	for i := range byRank {
-		byRank[i] = encoder(rankWriter{l, i})
+		byRank[i] = encoder(rankWriter{l, i, false})
 	}
 	l.process = slog.New(byRank)
 	go l.drain()
@@ -86,7 +120,7 @@ func newLogger(cfg *config, stdout io.Writer) *logger {
 func (l *logger) bound(most int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.most = min(l.most, most)
+	l.most = int(min(int64(l.most), most))
 }
 
 // encoderFor gives what makes the handlers that LOG_FORMAT asks for.
@@ -160,8 +194,9 @@ func (l *logger) debug(msg string, c *client) {
 
 // rankWriter takes in the encoded records of one level.
 type rankWriter struct {
-	l    *logger
-	rank int
+	l      *logger
+	rank   int
+	always bool // whatever waits
 }
 
 // Write takes one encoded record. It never blocks.
@@ -169,9 +204,9 @@ func (w rankWriter) Write(p []byte) (int, error) {
 	l := w.l
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.records[0]+l.records[1]+l.records[2]+l.records[3] < int64(l.cfg.LogBuffer) && l.bytes < l.most {
-		l.waiting, l.bytes = append(l.waiting, p...), l.bytes+int64(len(p))
-		l.records[w.rank]++
+	if l.records < l.cfg.LogBuffer && l.bytes < l.most || w.always {
+		l.waiting.add(p, w.rank)
+		l.records, l.bytes = l.records+1, l.bytes+len(p)
 	} else {
 		l.dropped[w.rank]++
 		if l.unsaid++; l.unsaid == 1 {
@@ -186,33 +221,65 @@ func (w rankWriter) Write(p []byte) (int, error) {
 // would double what it costs.
 func (l *logger) drain() {
 	defer close(l.done)
-	batch, said := []byte{}, time.Time{}
-	owes := func() bool { return l.unsaid > 0 && (l.closed || time.Since(said) >= time.Second) } // so it says once a second at most
 	for closed := false; !closed; time.Sleep(time.Millisecond) {
+		closed = l.take()
+		if left := l.write(closed); len(left.text) > 0 {
+			l.giveUp(left)
+			return
+		}
+	}
+}
+
+// take makes what waits the batch, as soon as there is something to do.
+func (l *logger) take() (closed bool) {
+	owes := func() bool { return l.unsaid > 0 && (l.closed || time.Since(l.said) >= time.Second) } // so it says once a second at most
+	l.mu.Lock()
+	for len(l.waiting.text) == 0 && !l.closed && !owes() {
+		l.work.Wait()
+	}
+	closed, unsaid := l.closed, int64(0)
+	if owes() {
+		unsaid, l.unsaid, l.said = l.unsaid, 0, time.Now()
+	}
+	l.mu.Unlock()
+	if unsaid > 0 {
+		l.drops.Warn("log records dropped", "count", unsaid)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.batch, l.waiting = l.waiting, l.batch.emptied()
+	return closed
+}
+
+// write writes the batch. What an error leaves of it still waits, and is tried again before anything else: a record that is torn spoils
+// the next one in JSON, and all that follow in CBOR. A stdout that is gone is no reason to stop, so there is an end to that, and
+// something left, only after the logger was closed.
+func (l *logger) write(last bool) (left queue) {
+	for left = l.batch; len(left.text) > 0; time.Sleep(100 * time.Millisecond) {
+		n, _ := l.out.Write(left.text)
 		l.mu.Lock()
-		for len(l.waiting) == 0 && !l.closed && !owes() {
-			l.work.Wait()
-		}
-		batch, l.waiting, closed = l.waiting, batch[:0], l.closed
-		records, unsaid := l.records, int64(0)
-		if owes() {
-			unsaid, l.unsaid, said = l.unsaid, 0, time.Now()
-		}
-		l.mu.Unlock()
-		l.out.Write(batch) // a stdout that is gone is no reason to stop
-		if unsaid > 0 {
-			l.direct.Warn("log records dropped", "count", unsaid)
-		}
-		l.mu.Lock()
-		l.bytes -= int64(len(batch))
-		for i, n := range records {
-			l.records[i] -= n
+		l.bytes -= n
+		for i, n := range left.skip(n) {
+			l.records -= int(n)
 			l.written[i] += n
 		}
-		l.written[rank(slog.LevelWarn)] += min(unsaid, 1)
+		over := last || len(left.text) == 0
+		last = l.closed
 		l.mu.Unlock()
-		if cap(batch) > 1<<20 { // of a burst
-			batch = nil
+		if over {
+			break
+		}
+	}
+	return left
+}
+
+// giveUp counts what cannot be written as dropped.
+func (l *logger) giveUp(left queue) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, q := range []*queue{&left, &l.waiting} {
+		for i, n := range q.skip(len(q.text)) {
+			l.dropped[i] += n
 		}
 	}
 }
@@ -599,7 +666,7 @@ func (m *telemetry) watch(s *server) {
 	counter("panics_total", "Faults that ended a connection.", nil, s.panics.Load)
 	for i, level := range []string{"debug", "info", "warn", "error"} {
 		records := func(result string, n func() int64) {
-			counter("log_records_total", "Log records that were written, left out by SLUICE_LOG_SAMPLE, or dropped since SLUICE_LOG_BUFFER were waiting.",
+			counter("log_records_total", "Log records that were written, left out by SLUICE_LOG_SAMPLE, or dropped: they found SLUICE_LOG_BUFFER full, or could not be written until the end.",
 				prometheus.Labels{"level": level, "result": result}, n)
 		}
 		records("sampled", s.log.sampled[i].Load)

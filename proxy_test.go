@@ -7077,13 +7077,13 @@ func TestLongRecordsWait(t *testing.T) {
 			t.Fatal(err)
 		}
 		log.process.Info("short")
-		eventually(t, "the writer to be stuck", func() bool { log.mu.Lock(); defer log.mu.Unlock(); return len(log.waiting) == 0 })
+		eventually(t, "the writer to be stuck", func() bool { log.mu.Lock(); defer log.mu.Unlock(); return len(log.waiting.text) == 0 })
 		long := strings.Repeat("x", 3000)
 		for range 8000 {
 			log.process.Info(long)
 		}
 		log.mu.Lock()
-		waiting, room := len(log.waiting), cap(log.waiting)
+		waiting, room := len(log.waiting.text), cap(log.waiting.text)
 		log.mu.Unlock()
 		if waiting < most-4096 || waiting > most+4096 || room > 2*most {
 			t.Errorf("with a limit of %d, %d bytes wait, in %d; want %d", limit, waiting, room, most)
@@ -7099,12 +7099,90 @@ func TestLongRecordsWait(t *testing.T) {
 		}
 		s.close()
 		log.close(time.Second)
-		if room = cap(log.waiting); room > 1<<20 {
+		if room = cap(log.waiting.text); room > 1<<20 {
 			t.Errorf("%d bytes are kept for what waits", room)
 		}
 		if n := int64(strings.Count(out.all(), long)); written != n+3 || dropped != 8000-n {
 			t.Errorf("%d long records came; counted: %d written, %d dropped", n, written, dropped)
 		}
+	}
+}
+
+// fullDisk takes some bytes, then has no room for a while.
+type fullDisk struct {
+	logSink
+	room  int // bytes until then
+	fails int // attempts that fail
+	calls atomic.Int64
+}
+
+func (f *fullDisk) Write(p []byte) (n int, err error) {
+	f.calls.Add(1)
+	if len(p) <= f.room || f.fails == 0 {
+		f.room -= len(p)
+		return f.logSink.Write(p)
+	}
+	n, _ = f.logSink.Write(p[:f.room])
+	f.room, f.fails = 0, f.fails-1
+	return n, syscall.ENOSPC
+}
+
+// What a failed write has left is written when there is room again, from the byte on that it has come to.
+func TestTornWrites(t *testing.T) {
+	for _, format := range []string{"json", "cbor"} {
+		out := &fullDisk{room: 333, fails: 3}
+		log := newLogger(&config{LogBuffer: 100, LogFormat: format}, out)
+		for i := range 10 {
+			log.process.Info("request", "number", i, "server.address", "origin.test")
+			time.Sleep(5 * time.Millisecond)
+		}
+		eventually(t, "the records to be written", func() bool {
+			written, _ := log.count(rank(slog.LevelInfo))
+			return written == 10
+		})
+		log.close(time.Second)
+		text := out.all()
+		if format == "cbor" {
+			var lines bytes.Buffer
+			if err := printLogs(strings.NewReader(text), &lines); err != nil {
+				t.Error(err)
+			}
+			text = lines.String()
+		}
+		for i := range 10 {
+			line, rest, _ := strings.Cut(text, "\n")
+			if text = rest; !json.Valid([]byte(line)) || !strings.Contains(line, fmt.Sprintf(`"number":%d,`, i)) {
+				t.Errorf("%s: line %d is %q", format, i, line)
+			}
+		}
+	}
+}
+
+// As long as nothing can be written, records wait, are dropped where there is no room for them, and what is left at the end counts as dropped.
+func TestWritesFail(t *testing.T) {
+	out := &fullDisk{room: 300, fails: math.MaxInt} // two and a half
+	log := newLogger(&config{LogBuffer: 10, LogFormat: "json"}, out)
+	for range 5 {
+		log.process.Info("early", "server.address", "origin.test", "filler", "0123456789")
+	}
+	eventually(t, "a write to fail", func() bool { return out.calls.Load() > 0 && len(out.all()) == 300 })
+	eventually(t, "two records to be written", func() bool { written, _ := log.count(rank(slog.LevelInfo)); return written == 2 })
+	for range 20 {
+		log.process.Info("late")
+	}
+	if written, dropped := log.count(rank(slog.LevelInfo)); written != 2 || dropped != 13 {
+		t.Errorf("%d written, %d dropped", written, dropped)
+	}
+	before := out.calls.Load()
+	time.Sleep(250 * time.Millisecond)
+	if n := out.calls.Load() - before; n < 1 || n > 4 {
+		t.Errorf("%d attempts in a quarter of a second", n)
+	}
+	begun := time.Now()
+	log.close(patience)
+	written, dropped := log.count(rank(slog.LevelInfo))
+	if took := time.Since(begun); took > time.Second || written != 2 || dropped != 23 {
+		t.Errorf("closed in %v: %d written, %d dropped", took, written, dropped)
 	}
 }
 
