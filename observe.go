@@ -106,7 +106,7 @@ func rank(level slog.Level) int { return max(0, min(int(level+4)/4, 3)) }
 func newLogger(cfg *config, stdout io.Writer) *logger {
 	l := &logger{cfg: cfg, out: stdout, done: make(chan struct{}), most: max(1<<20, 512*min(cfg.LogBuffer, math.MaxInt/512))}
 	encoder := encoderFor(cfg, stdout)
-	l.drops, l.work.L = slog.New(encoder(rankWriter{l, rank(slog.LevelWarn), true})), &l.mu
+	l.drops, l.work.L = slog.New(encoder(rankWriter{l, rank(l.dropLevel()), true})), &l.mu
 	var byRank ranked
 	for i := range byRank {
 		byRank[i] = encoder(rankWriter{l, i, false})
@@ -243,13 +243,16 @@ func (l *logger) take() (closed bool) {
 	}
 	l.mu.Unlock()
 	if unsaid > 0 {
-		l.drops.Warn("log records dropped", "count", unsaid)
+		l.drops.Log(context.Background(), l.dropLevel(), "log records dropped", "count", unsaid)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.batch, l.waiting = l.waiting, l.batch.emptied()
 	return closed
 }
+
+// dropLevel is that of the record about drops, which LOG_LEVEL must not keep back.
+func (l *logger) dropLevel() slog.Level { return max(slog.LevelWarn, l.cfg.LogLevel) }
 
 // write writes the batch. What an error leaves of it still waits, and is tried again before anything else: a record that is torn spoils
 // the next one in JSON, and all that follow in CBOR. A stdout that is gone is no reason to stop, so there is an end to that, and

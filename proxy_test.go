@@ -7108,6 +7108,34 @@ func TestLongRecordsWait(t *testing.T) {
 	}
 }
 
+// Drops are told of whatever LOG_LEVEL is, and what counts as written is what was written.
+func TestDropsAreToldOf(t *testing.T) {
+	for level, told := range map[slog.Level]string{slog.LevelInfo: "WARN", slog.LevelWarn: "WARN", slog.LevelError: "ERROR"} {
+		out := &stuckWriter{gate: make(chan struct{})}
+		log := newLogger(&config{LogBuffer: 1, LogFormat: "json", LogLevel: level}, out)
+		for range 5 {
+			log.process.Error("x")
+		}
+		close(out.gate)
+		log.close(patience)
+		wrote, said := map[any]int64{}, 0.0
+		for _, r := range out.records(t) {
+			wrote[r["level"]]++
+			if n, ok := r["count"].(float64); ok && r["level"] == told {
+				said += n
+			}
+		}
+		for i, name := range []string{"DEBUG", "INFO", "WARN", "ERROR"} {
+			if n, _ := log.count(i); n != wrote[name] {
+				t.Errorf("LOG_LEVEL=%v: %d records of level %s, %d counted", level, wrote[name], name, n)
+			}
+		}
+		if _, dropped := log.count(rank(slog.LevelError)); said != float64(dropped) || dropped != 4 {
+			t.Errorf("LOG_LEVEL=%v: %d dropped, of which %v said as %s", level, dropped, said, told)
+		}
+	}
+}
+
 // fullDisk takes some bytes, then has no room for a while.
 type fullDisk struct {
 	logSink
