@@ -600,6 +600,7 @@ type telemetry struct {
 	rejected, denied, ended             *prometheus.CounterVec // connections, requests, tunnels; by reason
 	duration, wait, connect, tunnelTime prometheus.Histogram
 	accepted, up, down, reused, dialled prometheus.Counter
+	audited                             prometheus.Counter // requests that would have been denied
 	hits, misses, stales, errors        prometheus.Counter // of lookups
 	clients, tunnels, upstreams         atomic.Int64       // connections and tunnels that are open
 
@@ -626,6 +627,7 @@ func newTelemetry() *telemetry {
 	m.duration = histogram("request_duration_seconds", "From a request's head to the end of its response, tunnels apart.", short...)
 	m.wait = histogram("response_wait_seconds", "From the end of a request that was passed on to the head of its response.", short...)
 	m.denied = counters("denied_total", "Requests and connections that policy denied.", "reason")
+	m.audited = counters("would_deny_total", "Requests that a rule about hosts or ports would have denied, had SLUICE_MODE=audit not let them through.", "reason").WithLabelValues(tokenDenied)
 	m.connect = histogram("connect_duration_seconds", "Connecting to an origin, its name's lookup apart.", short...)
 	m.accepted = counters("client_connections_total", "Client connections, those that were rejected among them.").WithLabelValues()
 	m.rejected = counters("client_connections_rejected_total", "Client connections that were answered before they sent a request.", "reason")
@@ -693,6 +695,9 @@ func (m *telemetry) answered(x *summary, reason string) {
 		*o = tally{method, reason, x.status, m.requests.WithLabelValues(method, codeLabel(x.status), reason)}
 	}
 	o.counter.Inc()
+	if x.audited && reason != tokenDenied && reason != tokenProhibited { // nothing else has denied it
+		m.audited.Inc()
+	}
 }
 
 // methodLabel is method if it is registered with IANA, else OTHER.

@@ -1474,6 +1474,7 @@ type summary struct {
 	udp               bool        // the tunnel is one for datagrams (RFC 9298)
 	first             bool        // the first contact with its destination
 	closed            string      // why a tunnel ended
+	audited           bool        // would have been denied, but for MODE=audit
 	luck              float64     // decides with LOG_SAMPLE whether it is told of
 	attrs             []slog.Attr // for the record
 	tally             tally       // of the exchange that had this memory before
@@ -1758,6 +1759,7 @@ func (x *exchange) unlessAudited(f *failure) *failure {
 	if f == nil || x.srv.cfg.Mode != "audit" {
 		return f
 	}
+	x.audited = true
 	if isNew, _ := x.srv.doubtful.first(&x.dst); isNew {
 		x.srv.log.process.Warn("would deny", logClient, x.c.addr.String(), logMethod, cut(x.method, mostTold), logServer, string(x.dst.host),
 			logPort, int(x.dst.port), "would_deny", f.text)
@@ -2138,6 +2140,7 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	x.srv.metrics.connect.Observe(x.asked.Sub(begun).Seconds())
 	x.srv.metrics.upstreams.Add(1)
 	x.first, up.requests = x.srv.reached.first(&x.dst) // a connection of the pool is to one that is known
+	up.audited = x.audited
 	return up, nil
 }
 
@@ -2198,6 +2201,7 @@ type upstream struct {
 	wary  bool        // there may be more than its last response: that had no body by rule, or was moved by the kernel unseen
 
 	requests *atomic.Int64 // of all to its destination
+	audited  bool          // these would be denied, but for MODE=audit
 }
 
 func (up *upstream) close() {
@@ -2226,7 +2230,7 @@ func (x *exchange) forward() *failure {
 			x.srv.watcher.add(&up.watch, up.raw, up)
 			x.srv.metrics.dialled.Inc()
 		} else {
-			x.asked = time.Now()
+			x.asked, x.audited = time.Now(), up.audited // addresses were judged when it was dialled
 			x.srv.metrics.reused.Inc()
 		}
 		up.requests.Add(1)

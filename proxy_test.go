@@ -1947,6 +1947,11 @@ func TestAudit(t *testing.T) {
 	c := p.dial(t)
 	c.send("GET http://good.test:%s/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 sluice-test\r\n\r\n", port)
 	c.wantsRefusal("GET", 502, tokenLoop)
+	p.awaitServed(t, 16)
+	series, _ := p.scrape(t) // those for there.test went over one connection; what something else has denied was not let through
+	if let, denied := series[`sluice_would_deny_total{reason="http_request_denied"}`], series[`sluice_denied_total{reason="destination_ip_prohibited"}`]; let != 9 || denied != 2 {
+		t.Errorf("%v requests were let through, %v denied", let, denied)
+	}
 	p.stop()
 	for host, words := range hosts {
 		var said []map[string]any
@@ -7492,6 +7497,7 @@ func TestMetrics(t *testing.T) {
 		`dns_lookups_total{result="error"}`:                1,
 		`denied_total{reason="http_request_denied"}`:       2,
 		`denied_total{reason="destination_ip_prohibited"}`: 1,
+		`would_deny_total{reason="http_request_denied"}`:   0,
 		"panics_total":                                     0,
 		"ready":                                            1,
 		`log_records_total{level="info",result="sampled"}`: 4, // and two that are first contacts
@@ -7778,6 +7784,24 @@ func TestStatusPage(t *testing.T) {
 	for _, outside := range []string{"http://", "https://", "src=", "@import", "url("} {
 		if text := strings.ReplaceAll(body, "http://www.w3.org/", ""); strings.Contains(text, outside) {
 			t.Errorf("the page has %q: it must not ask for anything outside", outside)
+		}
+	}
+}
+
+// A figure of the page and what stands below it tell of the same thing, and what audit mode lets through is not told of as denied.
+func TestStatusPageFigures(t *testing.T) {
+	p := startProxy(t, "MODE=audit", "ALLOW_HOSTS=origin.test")
+	o := startOrigin(t)
+	p.openTunnel(t, o)
+	if resp, _ := p.dial(t).ask("GET", "http://10.0.0.1/"); resp.StatusCode != 403 {
+		t.Fatal(resp.Status)
+	}
+	shown := regexp.MustCompile("<[^>]*>").ReplaceAllString(statusPage(t, "http://"+p.admin+"/"), " ")
+	_, shown, _ = strings.Cut(shown, "updated")
+	shown, _, _ = strings.Cut(shown, "Top destinations")
+	for _, want := range []string{`Denied, by rule\s+destination_ip_prohibited\s+1\s`, `Let through in audit mode, else denied\s+http_request_denied\s+1\s`} {
+		if !regexp.MustCompile(want).MatchString(shown) {
+			t.Errorf("the page does not show %q: %s", want, shown)
 		}
 	}
 }
