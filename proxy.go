@@ -567,8 +567,10 @@ type server struct {
 	listeners []*listener
 	own       []netip.AddrPort // where this process listens, the admin listener included
 	admin     *http.Server
-	front     front  // what speaks TLS, HTTP/2 and HTTP/3 to clients
-	stop      func() // begins the drain, as SIGTERM does
+	front     front           // what speaks TLS, HTTP/2 and HTTP/3 to clients
+	stop      func()          // begins the drain, as SIGTERM does
+	life      context.Context // ends in close, by end
+	end       func()
 	started   time.Time
 	vars      []variable // the configuration in force
 	findings  []finding  // what falls short in the kernel
@@ -588,6 +590,7 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	s = &server{cfg: cfg, log: log, metrics: newTelemetry(), started: time.Now(), reached: contacts{keys: map[string]*atomic.Int64{}},
 		doubtful: contacts{keys: map[string]*atomic.Int64{}, all: true},
 		pool:     newPool(cfg), gate: newGatekeeper(cfg.Users), hop: []byte(cfg.Name + "\r\n")}
+	s.life, s.end = context.WithCancel(context.Background())
 	s.names, s.admin = &resolver{cfg: cfg, metrics: s.metrics}, newAdmin(s)
 	s.names.answers, _ = lru.New[string, dnsAnswer](4096) // fails on sizes below 1 only
 	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
@@ -632,8 +635,8 @@ func (s *server) listen(ctx context.Context) error {
 		})
 	}
 	s.run(&s.behind, s.watcher.run)
-	s.run(&s.behind, func() { s.watchMemory(ctx) })
-	s.run(&s.behind, func() { s.metrics.remember(ctx) })
+	s.run(&s.behind, func() { s.watchMemory(s.life) }) // during the drain, too
+	s.run(&s.behind, func() { s.metrics.remember(s.life) })
 	for _, l := range s.listeners {
 		s.run(&s.accepting, func() { s.accept(ctx, l) })
 	}
@@ -683,6 +686,7 @@ func (s *server) close() {
 	for _, l := range s.listeners {
 		l.Close()
 	}
+	s.end()
 	s.admin.Close()
 	s.front.close()
 	s.watcher.close()

@@ -8089,6 +8089,29 @@ func TestDrainOfAnIdleProxy(t *testing.T) {
 }
 
 // TestDrainWithoutLimit: with DRAIN_TIMEOUT=0 the drain ends with the last request and tunnel, and cuts nothing.
+// As long as a drain takes, the status page's history goes on, and memory is watched.
+func TestDrainIsWatched(t *testing.T) {
+	before := debug.SetMemoryLimit(1 << 40) // without one there is nothing to watch
+	p := startProxy(t, "DRAIN_TIMEOUT=0")
+	watched := func() bool { return runtime.GOOS != "linux" || strings.Contains(stacks(), "watchMemory") }
+	eventually(t, "memory to be watched", watched)
+	debug.SetMemoryLimit(before)
+	c, origin := p.openTunnel(t, startOrigin(t))
+	took := p.draining(t)
+	begun := time.Now().Unix()
+	eventually(t, "samples of the time after the drain has begun", func() bool {
+		var s struct{ History []sample }
+		_, body := p.adminGet(t, "GET", "/status.json", p.admin)
+		return json.Unmarshal([]byte(body), &s) == nil && s.History[len(s.History)-1].Time > begun
+	})
+	if !watched() {
+		t.Error("memory is not watched")
+	}
+	c.Close()
+	origin.Close()
+	<-took
+}
+
 func TestDrainWithoutLimit(t *testing.T) {
 	p := startProxy(t, "DRAIN_TIMEOUT=0")
 	o, far := startOrigin(t), startOrigin(t)
