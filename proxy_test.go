@@ -7793,13 +7793,18 @@ func TestStatusPageFigures(t *testing.T) {
 	p := startProxy(t, "MODE=audit", "ALLOW_HOSTS=origin.test")
 	o := startOrigin(t)
 	p.openTunnel(t, o)
+	c, origin := p.openTunnel(t, o)
+	c.Close()
+	origin.Close()
 	if resp, _ := p.dial(t).ask("GET", "http://10.0.0.1/"); resp.StatusCode != 403 {
 		t.Fatal(resp.Status)
 	}
-	shown := regexp.MustCompile("<[^>]*>").ReplaceAllString(statusPage(t, "http://"+p.admin+"/"), " ")
-	_, shown, _ = strings.Cut(shown, "updated")
+	p.awaitServed(t, 1)
+	_, shown, _ := strings.Cut(statusPage(t, "http://"+p.admin+"/"), "<main>")
 	shown, _, _ = strings.Cut(shown, "Top destinations")
-	for _, want := range []string{`Denied, by rule\s+destination_ip_prohibited\s+1\s`, `Let through in audit mode, else denied\s+http_request_denied\s+1\s`} {
+	shown = regexp.MustCompile("<[^>]*>").ReplaceAllString(shown, " ")
+	for _, want := range []string{`Requests\s+\S+\s+/s\s+1 since the start`, `New tunnels\s+\S+\s+/s\s+2 since the start`,
+		`Denied, by rule\s+destination_ip_prohibited\s+1\s`, `Let through in audit mode, else denied\s+http_request_denied\s+2\s`} {
 		if !regexp.MustCompile(want).MatchString(shown) {
 			t.Errorf("the page does not show %q: %s", want, shown)
 		}
