@@ -635,7 +635,7 @@ func newTelemetry() *telemetry {
 	m.tunnelTime = histogram("tunnel_duration_seconds", "From the request for a tunnel to its end.", .1, .5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 14400)
 	moved := counters("bytes_total", "Bytes of bodies and tunnels, up to origins and down to clients.", "direction")
 	m.up, m.down = moved.WithLabelValues("up"), moved.WithLabelValues("down")
-	pool := counters("pool_requests_total", "Requests by the connection that took them to their origin.", "result")
+	pool := counters("pool_requests_total", "Connections to origins that were taken for a request; one that is sent again, since a reused one was dead, takes two.", "result")
 	m.reused, m.dialled = pool.WithLabelValues("reused"), pool.WithLabelValues("dialled")
 	names := counters("dns_lookups_total", "Names looked up: hit = the answer was remembered, miss = a resolver was asked, stale = in vain, but an old answer served, error = in vain.", "result")
 	m.hits, m.misses, m.stales, m.errors = names.WithLabelValues("hit"), names.WithLabelValues("miss"), names.WithLabelValues("stale"), names.WithLabelValues("error")

@@ -2225,7 +2225,7 @@ func (up *upstream) close() {
 // replaced by a new one, if the request can be repeated (RFC 9110, 9.2.2).
 func (x *exchange) forward() *failure {
 	x.out = x.appendRequest(x.out)
-	for up := x.srv.pool.get(x.dst.key, x.start, !x.repeatable()); ; up = nil {
+	for up, again := x.srv.pool.get(x.dst.key, x.start, !x.repeatable()), false; ; up, again = nil, true {
 		if x.reused = up != nil; !x.reused {
 			var f *failure
 			if up, f = x.dialUpstream(); f != nil {
@@ -2237,7 +2237,9 @@ func (x *exchange) forward() *failure {
 			x.asked, x.audited = time.Now(), up.audited // addresses were judged when it was dialled
 			x.srv.metrics.reused.Inc()
 		}
-		up.requests.Add(1)
+		if !again {
+			up.requests.Add(1)
+		}
 		if f := x.roundTrip(up); f == nil || !f.stale || !x.reused || !x.repeatable() {
 			return f
 		}

@@ -7534,6 +7534,39 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
+// A request that is sent again, since the connection from the pool was dead, is one request, to its destination, too; it took two connections.
+func TestRequestsSentAgain(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("there is a pool on Linux only")
+	}
+	p, o := startProxy(t), startOrigin(t)
+	c := p.dial(t)
+	c.send("%s", o.fill(plainRequest))
+	up := o.accept()
+	up.head()
+	up.send(plainAnswer)
+	c.wants(plainGets)
+	p.awaitServed(t, 0)
+	c.send("%s", o.fill(plainRequest))
+	up.head()
+	up.Close()
+	up = o.accept()
+	up.head()
+	up.send(plainAnswer)
+	c.wants(plainGets)
+	p.awaitServed(t, 1)
+	series, _ := p.scrape(t)
+	for name, want := range map[string]float64{`pool_requests_total{result="reused"}`: 1, `pool_requests_total{result="dialled"}`: 2, `requests_total{code="200",method="GET",reason=""}`: 2} {
+		if got := series["sluice_"+name]; got != want {
+			t.Errorf("%s: got %v, want %v", name, got, want)
+		}
+	}
+	var s struct{ Destinations []visits }
+	if _, body := p.adminGet(t, "GET", "/status.json", p.admin); json.Unmarshal([]byte(body), &s) != nil || !slices.Equal(s.Destinations, []visits{{o.addr, 2}}) {
+		t.Errorf("destinations %v", s.Destinations)
+	}
+}
+
 // Native histograms go to scrapers that take them, in the protobuf format.
 func TestNativeHistograms(t *testing.T) {
 	p := startProxy(t)
