@@ -843,16 +843,23 @@ func newAdmin(s *server) *http.Server {
 		ErrorLog: slog.NewLogLogger(s.log.process.Handler(), slog.LevelDebug)}
 }
 
-// guard keeps the web pages of a browser on this host out: their requests of other methods than GET (CSRF), and, where this listens on
-// a loopback address, those to a name that they have made resolve to it (DNS rebinding).
+// guard keeps the web pages of a browser out that can reach this listener: what they post here or load from here (CSRF; a profile costs
+// seconds of CPU), and what they ask of a name that they have made resolve to it (DNS rebinding), on a loopback address whatever that is,
+// on others, which may be what a container's published port leads to, if it changes something.
 func guard(next http.Handler) http.Handler {
 	return http.NewCrossOriginProtection().Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-		if addrPort(local).Addr().IsLoopback() && r.Host != "" && !isAddress(r.Host, 0) && !isAddress(r.Host+":0", 0) {
-			http.Error(w, "on a loopback address this answers to addresses and to localhost only", http.StatusMisdirectedRequest)
-			return
+		changes := r.Method == http.MethodPost && r.Header.Get("Origin") != ""
+		named := r.Host != "" && !isAddress(r.Host, 0) && !isAddress(r.Host+":0", 0)
+		site, follows := r.Header.Get("Sec-Fetch-Site"), r.Header.Get("Sec-Fetch-Mode") == "navigate" // a link, or an address typed in
+		switch {
+		case named && (changes || addrPort(local).Addr().IsLoopback()):
+			http.Error(w, "on a loopback address, and to what changes anything, this answers to addresses and to localhost only", http.StatusMisdirectedRequest)
+		case (site == "cross-site" || site == "same-site") && (!follows || strings.HasPrefix(r.URL.Path, "/debug/pprof/")):
+			http.Error(w, "this does not answer to other web pages", http.StatusForbidden)
+		default:
+			next.ServeHTTP(w, r)
 		}
-		next.ServeHTTP(w, r)
 	}))
 }
 

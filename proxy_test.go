@@ -7666,6 +7666,31 @@ func TestAdminKeepsWebPagesOut(t *testing.T) {
 			t.Errorf("%v: %s", fields, resp.Status)
 		}
 	}
+	for _, site := range []string{"cross-site", "same-site", "same-origin", "none"} {
+		for _, mode := range []string{"no-cors", "cors", "navigate"} {
+			for _, path := range []string{"/metrics", "/", "/status.json", "/debug/pprof/", "/debug/pprof/heap?gc=1"} {
+				want := 200
+				if strings.HasSuffix(site, "-site") && (mode != "navigate" || strings.HasPrefix(path, "/debug/")) {
+					want = 403
+				}
+				if resp, _ := p.adminGet(t, "GET", path, p.admin, "Sec-Fetch-Site: "+site, "Sec-Fetch-Mode: "+mode); resp.StatusCode != want {
+					t.Errorf("%s %s %s: %s, want %d", site, mode, path, resp.Status, want)
+				}
+			}
+		}
+	}
+	for request, want := range map[string]int{"POST 127.0.0.1:3129 browser": 200, "POST evil.example:3129 browser": 421, "POST proxy:3129 curl": 200, "GET proxy:3129 browser": 200} {
+		var method, host, from string
+		fmt.Sscan(request, &method, &host, &from)
+		inContainer := context.WithValue(t.Context(), http.LocalAddrContextKey, &net.TCPAddr{IP: net.IPv4(172, 17, 0, 2), Port: 3129}) // to which a port is published
+		r, w := httptest.NewRequestWithContext(inContainer, method, "http://"+host+"/drain", nil), httptest.NewRecorder()
+		if from == "browser" && method == "POST" {
+			r.Header.Set("Origin", "http://"+host)
+		}
+		if guard(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})).ServeHTTP(w, r); w.Code != want {
+			t.Errorf("%s: %d, want %d", request, w.Code, want)
+		}
+	}
 	if resp, _ := p.adminGet(t, "GET", "/readyz", p.admin); resp.StatusCode != 200 {
 		t.Errorf("draining: %s", resp.Status)
 	}
