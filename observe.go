@@ -578,7 +578,7 @@ func readHead(r io.Reader) (first byte, n uint64, err error) {
 		return 0, 0, io.ErrUnexpectedEOF
 	}
 	size := b[0] & 31
-	if size < 24 || size == cborOpen {
+	if size < 24 || size == cborOpen && b[0] >= cborText { // numbers have a length
 		return b[0], uint64(size), nil
 	} else if size > 27 {
 		return b[0], 0, fmt.Errorf("0x%02x begins no data item", b[0])

@@ -336,7 +336,7 @@ func (c *config) check(demand func(ok bool, name, reason string)) {
 	demand(err == nil, "TLS_CERT", fmt.Sprint(err))
 	demand(!c.HTTP3 || c.TLSCert != "", "HTTP3", "needs SLUICE_TLS_CERT and SLUICE_TLS_KEY")
 	demand(c.MaxHeader >= 1024 && c.MaxHeader <= 16<<20, "MAX_HEADER", "must be between 1KiB and 16MiB")
-	demand(c.LogLevel%4 == 0 && c.LogLevel >= slog.LevelDebug && c.LogLevel <= slog.LevelError, "LOG_LEVEL", "is none of debug, info, warn, error")
+	demand(hasName(c.LogLevel), "LOG_LEVEL", "is none of debug, info, warn, error")
 	demand(c.LogBuffer > 0, "LOG_BUFFER", "must be at least 1")
 	demand(slices.Contains([]string{"auto", "json", "text", "cbor"}, c.LogFormat), "LOG_FORMAT", "is none of json, text, cbor, auto")
 	demand(slices.Contains([]string{"enforce", "audit"}, c.Mode), "MODE", "is neither enforce nor audit")
@@ -445,6 +445,9 @@ func parsePrefix(text string) (netip.Prefix, bool) {
 	return block.Masked(), err == nil && !block.Addr().Is4In6()
 }
 
+// hasName reports whether level is one of the four that records have.
+func hasName(level slog.Level) bool { return level == slog.Level(4*rank(level)-4) }
+
 // shares is the share of records kept per level; levels that are not named are kept.
 type shares map[slog.Level]float64
 
@@ -454,7 +457,7 @@ func (s *shares) UnmarshalText(text []byte) error {
 		name, value, _ := strings.Cut(item, "=")
 		var level slog.Level
 		share, err := strconv.ParseFloat(value, 64)
-		ok := level.UnmarshalText([]byte(name)) == nil && err == nil && share >= 0 && share <= 1
+		ok := level.UnmarshalText([]byte(name)) == nil && hasName(level) && err == nil && share >= 0 && share <= 1
 		(*s)[level] = share
 		return ok
 	})

@@ -1150,7 +1150,7 @@ func TestListsWithSpaces(t *testing.T) {
 	}
 }
 
-// TestLogLevelsHaveNames: LOG_LEVEL is one of four names, not arithmetic with them.
+// TestLogLevelsHaveNames: a level is one of four names, not arithmetic with them, which no record has.
 func TestLogLevelsHaveNames(t *testing.T) {
 	for _, value := range []string{"info+3", "debug-1", "error+4", "debug-4"} {
 		status, stdout, stderr := sluice([]string{"env"}, "SLUICE_LOG_LEVEL="+value)
@@ -1158,6 +1158,11 @@ func TestLogLevelsHaveNames(t *testing.T) {
 			t.Errorf("%s: status %d, stdout %q", value, status, stdout)
 		}
 		wantsFault(t, stderr, "LOG_LEVEL", value)
+		status, stdout, stderr = sluice([]string{"env"}, "SLUICE_LOG_SAMPLE="+value+"=0.1")
+		if status != 2 || stdout != "" {
+			t.Errorf("sample %s: status %d, stdout %q", value, status, stdout)
+		}
+		wantsFault(t, stderr, "LOG_SAMPLE", value+"=0.1")
 	}
 }
 
@@ -7301,7 +7306,7 @@ func TestCBOR(t *testing.T) {
 			}
 		}
 	}
-	for _, text := range []string{"1c", "ff", "f7", "40", "c074", "3bffffffffffffffff", "7f6161ff", "7bffffffffffffffff", "7a00200000", "a10102", "fb7ff8000000000000", strings.Repeat("81", 9) + "00"} {
+	for _, text := range []string{"1c", "1f", "3f", "ff", "f7", "40", "c074", "3bffffffffffffffff", "7f6161ff", "7bffffffffffffffff", "7a00200000", "a10102", "fb7ff8000000000000", strings.Repeat("81", 9) + "00"} {
 		data, _ := hex.DecodeString(text)
 		if got, err := appendJSON(nil, bufio.NewReader(bytes.NewReader(data)), 8); err == nil {
 			t.Errorf("%s: got %s", text, got)
