@@ -2458,13 +2458,13 @@ func (x *exchange) receive(up *upstream) *failure {
 		}
 		b := x.appendHead(x.in[:0], false, -1)
 		if status == 101 {
-			x.status, x.keep, x.begun = 101, false, true
+			x.keep, x.begun = false, true
 			b = append(b, "Connection: Upgrade\r\nUpgrade: websocket\r\n"...)
 		}
 		if f := x.tell(append(b, "\r\n"...)); f != nil {
 			return f
 		} else if status == 101 {
-			x.onward = up
+			x.status, x.onward = 101, up
 			return nil
 		}
 	}
@@ -2804,12 +2804,12 @@ func (x *exchange) tunnel() *failure {
 		return f
 	}
 	up.requests.Add(1)
-	x.status, x.begun = 200, true
+	x.begun = true
 	if f := x.tell([]byte("HTTP/1.1 200 Connection Established\r\n\r\n")); f != nil {
 		up.close()
 		return f
 	}
-	x.onward = up
+	x.status, x.onward = 200, up
 	return nil
 }
 

@@ -7572,6 +7572,34 @@ func TestRequestsSentAgain(t *testing.T) {
 	}
 }
 
+// A client that left before it was told that its tunnel is open was not answered.
+func TestTunnelsThatNobodySaw(t *testing.T) {
+	s, o := testServer(t, "ALLOW_CIDRS=127.0.0.1"), startOrigin(t)
+	if s.openListeners(context.Background(), "127.0.0.1:0"); len(s.listeners) == 0 { // dialling needs what this finds out
+		t.Fatal("no listener")
+	}
+	for name, serve := range map[string]func(*exchange) *failure{"tunnel": (*exchange).tunnel, "flow": (*exchange).flow} {
+		l := startOrigin(t)
+		far := dialTCP(t, l.addr)
+		near := l.accept()
+		near.SetLinger(0)
+		near.Close()
+		far.Read(make([]byte, 1)) // the reset has come
+		c := &client{}
+		c.attach(s, far)
+		x, to := c.newExchange(), netip.MustParseAddrPort(o.addr)
+		x.method, x.connect, x.dst = []byte("CONNECT"), true, destination{[]byte(o.addr), []byte(o.addr)[:len("127.0.0.1")], to.Port(), to.Addr()}
+		f := serve(x)
+		if x.conclude(f); f == nil || f.token != tokenClient || x.status != 0 {
+			t.Errorf("%s: %v, status %d", name, f, x.status)
+		}
+		far.Close()
+	}
+	if n := total(s.metrics.requests.WithLabelValues("CONNECT", "0", tokenClient)); n != 2 {
+		t.Errorf("%v requests count as not answered, of 2", n)
+	}
+}
+
 // Native histograms go to scrapers that take them, in the protobuf format.
 func TestNativeHistograms(t *testing.T) {
 	p := startProxy(t)
