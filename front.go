@@ -1146,10 +1146,11 @@ func (x *exchange) flow() *failure {
 		return f
 	}
 	defer udp.Close()
-	x.status, x.begun = 200, true
+	x.begun = true
 	if f := x.tell([]byte("HTTP/1.1 200 OK\r\nCapsule-Protocol: ?1\r\n\r\n")); f != nil {
 		return f
 	}
+	x.status = 200
 	x.srv.metrics.opened(&x.summary)
 	t := &flow{x: x, m: x.c.tcp.(*muxed), udp: udp, since: time.Now(), more: max(0, minUDPIdle-x.srv.cfg.TunnelIdleTimeout)}
 	t.carry()

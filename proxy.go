@@ -209,7 +209,7 @@ type config struct {
 	LogLevel               slog.Level    `env:"LOG_LEVEL" envDefault:"info"`                 // Least level that is logged: `debug`, `info`, `warn`, `error`.
 	LogFormat              string        `env:"LOG_FORMAT" envDefault:"auto"`                // `json`; `cbor` (a sequence of maps, which `sluice logs` turns into lines of JSON); `text` (for people); `auto` = text on a terminal, else json.
 	LogSample              shares        `env:"LOG_SAMPLE"`                                  // Share of connection, request and tunnel records kept per level, as in `debug=0.01,info=0.1`; levels not named are kept. Records about the process itself are never sampled.
-	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written; when full, new ones are dropped and counted, never waited for.
+	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written, 512 bytes of each on average, but 1 MiB in all at least and a sixteenth of SLUICE_MEMORY_LIMIT at most; when full, new ones are dropped and counted, never waited for.
 	LogQuery               bool          `env:"LOG_QUERY" envDefault:"false"`                // Log query strings, in `url.query`. User info and credentials are never logged.
 	Tune                   string        `env:"TUNE" envDefault:"check"`                     // Kernel settings: `check` warns of those that fall short, `apply` also writes them where the container may, `off`.
 	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one, but at least 12 MiB less than that. GOMEMLIMIT, where it is set, wins.
@@ -336,7 +336,7 @@ func (c *config) check(demand func(ok bool, name, reason string)) {
 	demand(err == nil, "TLS_CERT", fmt.Sprint(err))
 	demand(!c.HTTP3 || c.TLSCert != "", "HTTP3", "needs SLUICE_TLS_CERT and SLUICE_TLS_KEY")
 	demand(c.MaxHeader >= 1024 && c.MaxHeader <= 16<<20, "MAX_HEADER", "must be between 1KiB and 16MiB")
-	demand(c.LogLevel%4 == 0 && c.LogLevel >= slog.LevelDebug && c.LogLevel <= slog.LevelError, "LOG_LEVEL", "is none of debug, info, warn, error")
+	demand(hasName(c.LogLevel), "LOG_LEVEL", "is none of debug, info, warn, error")
 	demand(c.LogBuffer > 0, "LOG_BUFFER", "must be at least 1")
 	demand(slices.Contains([]string{"auto", "json", "text", "cbor"}, c.LogFormat), "LOG_FORMAT", "is none of json, text, cbor, auto")
 	demand(slices.Contains([]string{"enforce", "audit"}, c.Mode), "MODE", "is neither enforce nor audit")
@@ -445,6 +445,9 @@ func parsePrefix(text string) (netip.Prefix, bool) {
 	return block.Masked(), err == nil && !block.Addr().Is4In6()
 }
 
+// hasName reports whether level is one of the four that records have.
+func hasName(level slog.Level) bool { return level == slog.Level(4*rank(level)-4) }
+
 // shares is the share of records kept per level; levels that are not named are kept.
 type shares map[slog.Level]float64
 
@@ -454,7 +457,7 @@ func (s *shares) UnmarshalText(text []byte) error {
 		name, value, _ := strings.Cut(item, "=")
 		var level slog.Level
 		share, err := strconv.ParseFloat(value, 64)
-		ok := level.UnmarshalText([]byte(name)) == nil && err == nil && share >= 0 && share <= 1
+		ok := level.UnmarshalText([]byte(name)) == nil && hasName(level) && err == nil && share >= 0 && share <= 1
 		(*s)[level] = share
 		return ok
 	})
@@ -567,8 +570,10 @@ type server struct {
 	listeners []*listener
 	own       []netip.AddrPort // where this process listens, the admin listener included
 	admin     *http.Server
-	front     front  // what speaks TLS, HTTP/2 and HTTP/3 to clients
-	stop      func() // begins the drain, as SIGTERM does
+	front     front           // what speaks TLS, HTTP/2 and HTTP/3 to clients
+	stop      func()          // begins the drain, as SIGTERM does
+	life      context.Context // ends in close, by end
+	end       func()
 	started   time.Time
 	vars      []variable // the configuration in force
 	findings  []finding  // what falls short in the kernel
@@ -588,11 +593,13 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	s = &server{cfg: cfg, log: log, metrics: newTelemetry(), started: time.Now(), reached: contacts{keys: map[string]*atomic.Int64{}},
 		doubtful: contacts{keys: map[string]*atomic.Int64{}, all: true},
 		pool:     newPool(cfg), gate: newGatekeeper(cfg.Users), hop: []byte(cfg.Name + "\r\n")}
+	s.life, s.end = context.WithCancel(context.Background())
 	s.names, s.admin = &resolver{cfg: cfg, metrics: s.metrics}, newAdmin(s)
 	s.names.answers, _ = lru.New[string, dnsAnswer](4096) // fails on sizes below 1 only
 	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
 	s.limits.tunnels.most, s.limits.hosts.most, s.limits.streams.most = cfg.MaxTunnels, cfg.MaxConnsPerHost, connLimit()
 	s.limits.mostLarge = max(1, debug.SetMemoryLimit(-1)/8/int64(cfg.MaxHeader))
+	log.bound(debug.SetMemoryLimit(-1) / 16)
 	s.limits.rates = rates{limit: rate.Limit(cfg.Rate), burst: cmp.Or(cfg.RateBurst, 2*cfg.Rate)}
 	s.limits.rates.buckets, _ = lru.New[netip.Addr, *rate.Limiter](1 << 14) // of 200 bytes each
 	s.buffers.New = func() any { return new([bufferSize]byte) }
@@ -631,8 +638,8 @@ func (s *server) listen(ctx context.Context) error {
 		})
 	}
 	s.run(&s.behind, s.watcher.run)
-	s.run(&s.behind, func() { s.watchMemory(ctx) })
-	s.run(&s.behind, func() { s.metrics.remember(ctx) })
+	s.run(&s.behind, func() { s.watchMemory(s.life) }) // during the drain, too
+	s.run(&s.behind, func() { s.metrics.remember(s.life) })
 	for _, l := range s.listeners {
 		s.run(&s.accepting, func() { s.accept(ctx, l) })
 	}
@@ -682,6 +689,7 @@ func (s *server) close() {
 	for _, l := range s.listeners {
 		l.Close()
 	}
+	s.end()
 	s.admin.Close()
 	s.front.close()
 	s.watcher.close()
@@ -1476,6 +1484,7 @@ type summary struct {
 	udp               bool        // the tunnel is one for datagrams (RFC 9298)
 	first             bool        // the first contact with its destination
 	closed            string      // why a tunnel ended
+	audited           bool        // would have been denied, but for MODE=audit
 	luck              float64     // decides with LOG_SAMPLE whether it is told of
 	attrs             []slog.Attr // for the record
 	tally             tally       // of the exchange that had this memory before
@@ -1567,7 +1576,7 @@ func (x *exchange) readRequest() *failure {
 	}
 	x.keep = x.req.minor == 1 && !x.req.close && !x.srv.draining.Load() // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
 	x.reqBody.begin(&x.c.wire, &x.req, bodyLength, int64(x.srv.cfg.MaxRequestBody))
-	x.trace = traceID(string(x.req.trace))
+	x.trace = traceID(cut(x.req.trace, 56)) // a tunnel keeps it
 	return nil
 }
 
@@ -1760,8 +1769,9 @@ func (x *exchange) unlessAudited(f *failure) *failure {
 	if f == nil || x.srv.cfg.Mode != "audit" {
 		return f
 	}
+	x.audited = true
 	if isNew, _ := x.srv.doubtful.first(&x.dst); isNew {
-		x.srv.log.process.Warn("would deny", logClient, x.c.addr.String(), logMethod, string(x.method), logServer, string(x.dst.host),
+		x.srv.log.process.Warn("would deny", logClient, x.c.addr.String(), logMethod, cut(x.method, mostTold), logServer, string(x.dst.host),
 			logPort, int(x.dst.port), "would_deny", f.text)
 	}
 	return nil
@@ -2136,6 +2146,7 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	x.srv.metrics.connect.Observe(x.asked.Sub(begun).Seconds())
 	x.srv.metrics.upstreams.Add(1)
 	x.first, up.requests = x.srv.reached.first(&x.dst) // a connection of the pool is to one that is known
+	up.audited = x.audited
 	return up, nil
 }
 
@@ -2209,6 +2220,7 @@ type upstream struct {
 	wary  bool        // there may be more than its last response: that had no body by rule, or was moved by the kernel unseen
 
 	requests *atomic.Int64 // of all to its destination
+	audited  bool          // these would be denied, but for MODE=audit
 }
 
 func (up *upstream) close() {
@@ -2228,7 +2240,7 @@ func (up *upstream) close() {
 // replaced by a new one, if the request can be repeated (RFC 9110, 9.2.2).
 func (x *exchange) forward() *failure {
 	x.out = x.appendRequest(x.out)
-	for up := x.srv.pool.get(x.dst.key, x.start, !x.repeatable()); ; up = nil {
+	for up, again := x.srv.pool.get(x.dst.key, x.start, !x.repeatable()), false; ; up, again = nil, true {
 		if x.reused = up != nil; !x.reused {
 			var f *failure
 			if up, f = x.dialUpstream(); f != nil {
@@ -2237,10 +2249,12 @@ func (x *exchange) forward() *failure {
 			x.srv.watcher.add(&up.watch, up.raw, up)
 			x.srv.metrics.dialled.Inc()
 		} else {
-			x.asked = time.Now()
+			x.asked, x.audited = time.Now(), up.audited // addresses were judged when it was dialled
 			x.srv.metrics.reused.Inc()
 		}
-		up.requests.Add(1)
+		if !again {
+			up.requests.Add(1)
+		}
 		if f := x.roundTrip(up); f == nil || !f.stale || !x.reused || !x.repeatable() {
 			return f
 		}
@@ -2459,13 +2473,13 @@ func (x *exchange) receive(up *upstream) *failure {
 		}
 		b := x.appendHead(x.in[:0], false, -1)
 		if status == 101 {
-			x.status, x.keep, x.begun = 101, false, true
+			x.keep, x.begun = false, true
 			b = append(b, "Connection: Upgrade\r\nUpgrade: websocket\r\n"...)
 		}
 		if f := x.tell(append(b, "\r\n"...)); f != nil {
 			return f
 		} else if status == 101 {
-			x.onward = up
+			x.status, x.onward = 101, up
 			return nil
 		}
 	}
@@ -2805,12 +2819,12 @@ func (x *exchange) tunnel() *failure {
 		return f
 	}
 	up.requests.Add(1)
-	x.status, x.begun = 200, true
+	x.begun = true
 	if f := x.tell([]byte("HTTP/1.1 200 Connection Established\r\n\r\n")); f != nil {
 		up.close()
 		return f
 	}
-	x.onward = up
+	x.status, x.onward = 200, up
 	return nil
 }
 
