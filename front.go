@@ -501,6 +501,16 @@ func (c *client) release() {
 	}
 }
 
+// received is the version of HTTP that a head came with.
+func (x *exchange) received(h *head) string {
+	if h == &x.req && x.c.conn != nil {
+		return x.c.tcp.(*muxed).version
+	} else if h.minor == 0 {
+		return "1.0"
+	}
+	return "1.1"
+}
+
 // lose ends what a stream does that its client has given up, or that went down with its connection.
 func (c *client) lose() {
 	if m := c.tcp.(*muxed); !m.finished.Load() {

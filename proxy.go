@@ -2314,16 +2314,6 @@ func (x *exchange) appendFields(b []byte, h *head, chunked bool, length int64) [
 	return b
 }
 
-// received is the version of HTTP that a head came with.
-func (x *exchange) received(h *head) string {
-	if h == &x.req && x.c.conn != nil {
-		return x.c.tcp.(*muxed).version
-	} else if h.minor == 0 {
-		return "1.0"
-	}
-	return "1.1"
-}
-
 func appendNumber(b []byte, name string, n int64) []byte {
 	b = strconv.AppendInt(append(b, name...), n, 10)
 	return append(b, "\r\n"...)
