@@ -15,7 +15,9 @@ COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 COPY --from=build /sluice /sluice
 # Inside the container's own network everything may be listened on; who may connect is SLUICE_ALLOW_CLIENTS.
 ENV SLUICE_LISTEN=:3128
+# Go's HTTP/2 server offers extended CONNECT, for WebSockets and UDP tunnels, when asked like this alone.
+ENV GODEBUG=http2xconnect=1
 USER 65534:65534
-EXPOSE 3128
+EXPOSE 3128 3128/udp
 HEALTHCHECK --interval=5s --timeout=4s --start-period=5s CMD ["/sluice", "health"]
 ENTRYPOINT ["/sluice"]

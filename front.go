@@ -71,9 +71,10 @@ func (s *server) openFront(ctx context.Context) error {
 		f.identity.stamp = f.identity.stamps()
 	}
 	quiet := slog.NewLogLogger(s.log.process.Handler(), slog.LevelDebug) // of clients that break the protocol
+	most := 2 * int(cfg.MaxHeader)                                       // what is too large but not by much gets an answer that says so, and a record
 	f.handed, f.closed = make(chan net.Conn), make(chan struct{})
-	f.h2 = &http.Server{Handler: http.HandlerFunc(s.serveStream), ErrorLog: quiet, MaxHeaderBytes: int(cfg.MaxHeader), IdleTimeout: cfg.IdleTimeout,
-		Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerStream: s.window() / 4,
+	f.h2 = &http.Server{Handler: http.HandlerFunc(s.serveStream), ErrorLog: quiet, MaxHeaderBytes: most, IdleTimeout: cfg.IdleTimeout,
+		DisableGeneralOptionsHandler: true, Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerStream: s.window() / 4,
 			MaxReceiveBufferPerConnection: s.window(), WriteByteTimeout: cfg.BodyTimeout}}
 	f.h2.Protocols.SetHTTP2(true)
 	f.h2.Protocols.SetUnencryptedHTTP2(true)
@@ -81,7 +82,7 @@ func (s *server) openFront(ctx context.Context) error {
 	if !cfg.HTTP3 {
 		return nil
 	}
-	f.h3 = &http3.Server{Handler: http.HandlerFunc(s.serveStream), EnableDatagrams: true, MaxHeaderBytes: int(cfg.MaxHeader), // quicConn knows when it is idle
+	f.h3 = &http3.Server{Handler: http.HandlerFunc(s.serveStream), EnableDatagrams: true, MaxHeaderBytes: most, // quicConn knows when it is idle
 		Logger: slog.New(slog.DiscardHandler), ConnContext: func(ctx context.Context, conn *quic.Conn) context.Context {
 			c, _ := f.carriers.Load(conn)
 			return context.WithValue(ctx, carrier{}, c)
@@ -281,7 +282,7 @@ type identity struct {
 	stamp   string // of the files that current, or the last complaint, was made of
 }
 
-// config is for every handshake anew.
+// config is for a listener that takes one for good.
 func (i *identity) config() *tls.Config {
 	return &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return i.inForce(), nil }}
 }
@@ -344,7 +345,7 @@ func (i *identity) read() (t *tls.Config, err error) {
 // startTLS has a connection that begins with TLS shake hands, and reports whether it speaks HTTP/1 then.
 func (c *client) startTLS(limit time.Duration) (http1 bool) {
 	socket := &netConn{stream: c.tcp, c: c, early: bytes.Clone(c.unused())}
-	conn := tls.Server(socket, c.srv.front.identity.config())
+	conn := tls.Server(socket, c.srv.front.identity.inForce()) // itself: tickets are sealed with keys that it holds
 	c.drop()
 	socket.SetDeadline(deadline(limit))
 	if err := conn.Handshake(); err != nil {
@@ -362,7 +363,9 @@ func (c *client) startTLS(limit time.Duration) (http1 bool) {
 		c.handOver(conn)
 		return false
 	}
+	c.mu.Lock() // the drain may sever it meanwhile
 	c.tcp, c.coded, c.settled = &secured{stream: c.tcp, tls: conn}, true, true
+	c.mu.Unlock()
 	return true
 }
 
@@ -454,7 +457,11 @@ func carrierOf(ctx context.Context, conn net.Conn) context.Context {
 // serveStream serves a request of HTTP/2 or 3.
 func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 	conn := r.Context().Value(carrier{}).(*client)
-	m := &muxed{w: w, r: r, control: http.NewResponseController(w), version: strconv.Itoa(r.ProtoMajor), protocol: r.Header.Get(":protocol")}
+	if !conn.hold() {
+		panic(http.ErrAbortHandler) // it has ended
+	}
+	defer conn.release()
+	m := &muxed{w: w, r: r, control: http.NewResponseController(w), limit: s.cfg.BodyTimeout, version: strconv.Itoa(r.ProtoMajor), protocol: r.Header.Get(":protocol")}
 	if r.ProtoMajor == 3 && r.Method == "CONNECT" && r.Proto != "HTTP/3.0" {
 		m.protocol = r.Proto
 	}
@@ -464,15 +471,16 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 		q.busy(1)
 		defer q.busy(-1)
 	}
-	defer m.leave()
-	lost := make(chan struct{})
-	stop := context.AfterFunc(r.Context(), func() { defer close(lost); c.lose() })
-	defer func() {
-		if !stop() {
-			<-lost // net/http's writer must not be used when this has returned
-		}
-	}()
-	if !c.serveOne(m) {
+	stop := context.AfterFunc(r.Context(), c.lose)
+	defer stop()
+	whole := c.serveOne(m)
+	if whole && m.h3 == nil && m.limit > 0 {
+		m.control.SetWriteDeadline(time.Now().Add(m.limit)) // what is held back is sent when the handler has returned
+	}
+	m.mu.Lock()
+	m.over = true // though c.lose or a timer may still be at it
+	m.mu.Unlock()
+	if !whole {
 		m.abort()
 	} else if m.h3 != nil {
 		m.h3.CancelRead(quic.StreamErrorCode(http3.ErrCodeNoError))
@@ -480,32 +488,48 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// hold has the drain wait for a stream, too: its record is written when the connection has ended. false: that has.
+func (c *client) hold() bool {
+	for n := c.held.Load(); n > 0; n = c.held.Load() {
+		if c.held.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+	return false
+}
+
+func (c *client) release() {
+	if c.held.Add(-1) == 0 {
+		c.srv.serving.Done()
+	}
+}
+
+// received is the version of HTTP that a head came with.
+func (x *exchange) received(h *head) string {
+	if h == &x.req && x.c.conn != nil {
+		return x.c.tcp.(*muxed).version
+	} else if h.minor == 0 {
+		return "1.0"
+	}
+	return "1.1"
+}
+
 // lose ends what a stream does that its client has given up, or that went down with its connection.
 func (c *client) lose() {
 	if m := c.tcp.(*muxed); !m.finished.Load() {
-		c.sever(c.lossReason())
+		c.sever(c.severedBy())
 	}
 }
 
-// lossReason is why what runs for a client ends that is severed.
-func (c *client) lossReason() string {
-	if c.conn == nil {
-		return "drain"
-	}
-	c.conn.mu.Lock()
-	defer c.conn.mu.Unlock()
-	if c.conn.severed {
+// severedBy is why a tunnel ends before its time: the drain has cut the connection, or else it is broken.
+func (c *client) severedBy() string {
+	conn := cmp.Or(c.conn, c)
+	conn.mu.Lock()
+	defer conn.mu.Unlock()
+	if conn.severed {
 		return "drain"
 	}
 	return "connection_error"
-}
-
-// because is the reason for which a tunnel ends, or the one behind that: what the drain cuts looks like an error to a stream.
-func (c *client) because(reason string) string {
-	if reason == "connection_error" && c.conn != nil {
-		return c.lossReason()
-	}
-	return reason
 }
 
 // serveOne serves the one exchange of a stream, and reports whether that came to a good end.
@@ -513,8 +537,14 @@ func (c *client) serveOne(m *muxed) (whole bool) {
 	parked := false
 	defer c.leave(&parked)
 	x := c.newExchange()
-	head, f := m.head(c.srv.cfg.HeaderTimeout)
-	if l := &c.srv.limits; len(head) > bufferSize && (l.full.Load() || l.large.Load() >= l.mostLarge) {
+	head, f := m.head(c.srv.cfg)
+	l := &c.srv.limits
+	if !l.streams.add(struct{}{}, 1) {
+		f = fail(503, tokenLimit, "%d streams are open, as many as descriptors and memory are enough for (SLUICE_NOFILE, SLUICE_MEMORY_LIMIT)", l.streams.most)
+	} else {
+		defer l.streams.add(struct{}{}, -1)
+	}
+	if len(head) > bufferSize && (l.full.Load() || l.large.Load() >= l.mostLarge) {
 		f = x.clientFailure(faultNoMemory, "", 0, "")
 	}
 	if x.failure = f; f == nil {
@@ -560,23 +590,25 @@ type muxed struct {
 	begun   bool // the final head was written
 	tunnel  bool // bytes are not held back
 	h3      *http3.Stream
-	until   time.Time   // for the next Write; zero = any time
-	alarm   *time.Timer // ends that
+	limit   time.Duration // for a write; 0 = any time
+	held    int           // bytes written, up to heldBack
+	alarm   *time.Timer   // ends a write
 	writing atomic.Bool
 	closed  atomic.Bool
 	cut     atomic.Bool // the end is not to look like a good one
 
-	mu   sync.Mutex
-	left bool // the handler has returned; guarded by mu
-
+	mu       sync.Mutex
+	over     bool        // the handler returns: w must not be used any more; guarded by mu
 	finished atomic.Bool // all is sent: the request's context ends with that, the client's side may go on
 }
 
 // head writes the request as the head of an HTTP/1.1 message. Since that is what is parsed, a line more than those meant would be a
 // smuggled one.
-func (m *muxed) head(limit time.Duration) ([]byte, *failure) {
+func (m *muxed) head(cfg *config) ([]byte, *failure) {
 	r, method, target := m.r, m.r.Method, m.r.Host
-	switch {
+	switch path := r.RequestURI; {
+	case (method != "CONNECT" || m.protocol != "") && !strings.HasPrefix(path, "/") && (path != "*" || method != "OPTIONS"): // RFC 9113, 8.3.1
+		return nil, fail(400, tokenRequest, ":path does not begin with a slash") // it would go on with the host's name
 	case m.protocol == "connect-udp":
 		var ok bool
 		if target, ok = udpTarget(r.RequestURI); !ok {
@@ -595,7 +627,7 @@ func (m *muxed) head(limit time.Duration) ([]byte, *failure) {
 	b := fmt.Appendf(nil, "%s %s HTTP/1.1\r\nHost: %s\r\n", method, target, r.Host)
 	lines := 3
 	for name, values := range r.Header {
-		if name == ":protocol" || name == "Host" || name == "Sec-Websocket-Key" && m.protocol == "websocket" {
+		if name == ":protocol" || name == "Host" || name == "Sec-Websocket-Key" && m.protocol == "websocket" { // which has no meaning there
 			continue
 		}
 		for _, v := range values {
@@ -603,13 +635,18 @@ func (m *muxed) head(limit time.Duration) ([]byte, *failure) {
 			lines++
 		}
 	}
+	if len(b) > int(cfg.MaxHeader) { // said now, since what follows may wait
+		return nil, fail(431, tokenRequest, "the head is larger than %d bytes (SLUICE_MAX_HEADER)", cfg.MaxHeader)
+	} else if lines-3 > maxFields {
+		return nil, fail(431, tokenRequest, "%v", faultManyFields)
+	}
 	if m.protocol == "websocket" { // RFC 8441, 5.1: what HTTP/1.1 has besides
 		m.key = base64.StdEncoding.EncodeToString(binary16())
 		b = fmt.Appendf(b, "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: %s\r\n", m.key)
 		lines += 3
 	} else if method != "CONNECT" {
 		var f *failure
-		if m.chunked, f = m.isBodyOpen(limit); f != nil {
+		if m.chunked, f = m.isBodyOpen(cfg.HeaderTimeout); f != nil {
 			return nil, f
 		} else if m.chunked {
 			b = append(b, "Transfer-Encoding: chunked\r\n"...)
@@ -676,56 +713,51 @@ func (m *muxed) read(p []byte) (n int, err error) {
 			return 0, err // what came with it may be all that is waited for: more than Content-Length has is malformed (RFC 9114, 4.1.2)
 		}
 		return n, err
-	}
-	if len(m.early) == 0 {
-		if err = m.readChunk(); err != nil {
-			return 0, err
-		}
+	case len(m.early) == 0 && len(p) >= 64:
+		return m.readChunk(p)
+	case len(m.early) == 0:
+		few := make([]byte, 512)
+		n, err = m.readChunk(few)
+		m.early = append(few[:n:n], m.early...) // which may hold the rest of trailers
 	}
 	n = copy(p, m.early)
 	m.early = m.early[n:]
-	return n, nil
+	return n, err
 }
 
-// readChunk has the next chunk in early, or the end of the body with its trailers.
-func (m *muxed) readChunk() error {
-	var data [4 << 10]byte
-	n, err := copy(data[:], m.first), error(nil)
-	if m.first = nil; n == 0 {
-		n, err = m.r.Body.Read(data[:])
+// readChunk reads a chunk, or the end of the body: what does not fit of the trailers goes to early.
+func (m *muxed) readChunk(p []byte) (n int, err error) {
+	const size = len("012345\r\n")
+	if n, m.first = copy(p[size:], m.first), nil; n == 0 {
+		n, err = m.r.Body.Read(p[size : len(p)-2])
 	}
 	if n > 0 {
-		m.early = append(append(strconv.AppendInt(m.early[:0], int64(n), 16), "\r\n"...), data[:n]...)
-		m.early = append(m.early, "\r\n"...)
-		return nil
+		copy(p, fmt.Sprintf("%06x\r\n", n))
+		return size + n + copy(p[size+n:], "\r\n"), nil
 	} else if err != io.EOF {
-		return err
+		return 0, err
 	}
 	m.ended = true
-	m.early = append(m.early[:0], "0\r\n"...)
+	end := []byte("0\r\n")
 	for name, values := range m.r.Trailer {
 		for _, v := range values {
-			m.early = append(append(append(append(m.early, name...), ": "...), v...), "\r\n"...)
+			end = append(append(append(append(end, name...), ": "...), v...), "\r\n"...)
 		}
 	}
-	m.early = append(m.early, "\r\n"...)
-	return nil
+	end = append(end, "\r\n"...)
+	n = copy(p, end)
+	m.early = end[n:]
+	return n, nil
 }
 
 // Write takes heads, the final one and what follows it.
 func (m *muxed) Write(p []byte) (int, error) {
-	m.writing.Store(true)
-	defer m.writing.Store(false)
+	if m.held += len(p); m.held >= heldBack {
+		m.arm()
+		defer m.disarm()
+	}
 	if m.closed.Load() {
 		return 0, net.ErrClosed
-	}
-	if !m.until.IsZero() {
-		if left := time.Until(m.until); m.alarm == nil {
-			m.alarm = time.AfterFunc(left, m.tooSlow)
-		} else {
-			m.alarm.Reset(left)
-		}
-		defer m.alarm.Stop()
 	}
 	size := len(p)
 	for !m.begun {
@@ -779,7 +811,11 @@ func (m *muxed) writeHead(head string) error {
 		}
 	}
 	m.begun, m.tunnel = true, m.r.Method == "CONNECT" && status/100 == 2
-	if m.w.WriteHeader(status); !m.tunnel && m.r.Method != "HEAD" { // to which quic-go would add a Content-Length of 0 in the end
+	m.w.WriteHeader(status)
+	if m.version == "2" {
+		clear(h) // a copy is sent; what stays here is sent again as a trailer, where Trailer has its name
+	}
+	if !m.tunnel && (m.version == "2" || m.r.Method != "HEAD") { // to which quic-go would add a Content-Length of 0 in the end
 		return nil
 	}
 	if err := m.flush(); err != nil {
@@ -833,35 +869,56 @@ func (m *muxed) setTrailers(lines []byte) {
 	}
 }
 
-func (m *muxed) flush() error { return m.control.Flush() }
+func (m *muxed) flush() error {
+	m.held = heldBack // from now on libraries hold nothing back, or not for long
+	m.arm()
+	defer m.disarm()
+	return m.control.Flush()
+}
 
-// tooSlow is also run by timers.
+// heldBack is how much of a response both libraries hold before they send anything: so much can be written without a wait.
+const heldBack = 4 << 10
+
+// arm sets the limit for a write that may have to wait for the client.
+func (m *muxed) arm() {
+	m.writing.Store(true)
+	if m.limit == 0 {
+	} else if m.alarm == nil {
+		m.alarm = time.AfterFunc(m.limit, m.tooSlow)
+	} else {
+		m.alarm.Reset(m.limit)
+	}
+}
+
+func (m *muxed) disarm() {
+	if m.alarm != nil {
+		m.alarm.Stop()
+	}
+	m.writing.Store(false)
+}
+
+// tooSlow ends a Write.
 func (m *muxed) tooSlow() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !m.left {
+	if !m.over {
 		m.control.SetWriteDeadline(time.Unix(1, 0))
 	}
 }
 
-// leave comes when the handler returns: net/http's writer panics when it is used after that.
-func (m *muxed) leave() {
-	m.mu.Lock()
-	m.left = true
-	m.mu.Unlock()
-}
-
-func (m *muxed) SetWriteDeadline(t time.Time) error {
-	m.until = t
-	return nil
-}
+// SetWriteDeadline is no need: every write has the same limit.
+func (m *muxed) SetWriteDeadline(t time.Time) error { return nil }
 
 func (m *muxed) SetReadDeadline(t time.Time) error {
-	err := m.control.SetReadDeadline(t)
-	if m.closed.Load() { // which set one first, or after this
-		err = m.control.SetReadDeadline(time.Unix(1, 0))
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.over {
+		return net.ErrClosed
 	}
-	return err
+	if m.closed.Load() {
+		t = time.Unix(1, 0) // it stays at that
+	}
+	return m.control.SetReadDeadline(t)
 }
 
 func (m *muxed) SyscallConn() (syscall.RawConn, error) { return nil, errors.ErrUnsupported }
@@ -937,7 +994,7 @@ func (x *exchange) relayBuffered(up *upstream) {
 		end.SetWriteDeadline(time.Time{})
 	}
 	if c.track(nil, nil, t) {
-		t.end(c.lossReason())
+		t.end(c.severedBy())
 	}
 	c.srv.exchanges.Put(x)
 	t.mu.Lock()
@@ -966,28 +1023,55 @@ func (t *buffered) carry(dst, src *wire, closed string) (total int64) {
 			t.end("internal_error")
 		}
 	}()
-	for {
-		if src.buffered() == 0 {
-			if err := src.fill(); err == io.EOF {
-				first := t.note(closed)
-				if dst.tcp.CloseWrite() != nil {
-					t.end(first)
-				}
-				return total
-			} else if err != nil {
-				t.end("connection_error")
-				return total
+	var few []byte
+	if src.coded {
+		few = make([]byte, 512)
+	}
+	for flows := false; ; {
+		p, err := src.next(few, flows)
+		if err == io.EOF {
+			first := t.note(closed)
+			if dst.tcp.CloseWrite() != nil {
+				t.end(first)
 			}
+			return total
+		} else if err != nil {
+			t.end(t.x.c.severedBy())
+			return total
 		}
-		p := src.take(math.MaxInt64)
+		flows = len(p) == len(few) || len(p) == bufferSize
 		n, err := dst.tcp.Write(p)
 		t.x.srv.metrics.moved(n, dst == &t.x.c.wire)
 		if total += int64(n); err != nil {
-			t.end("connection_error")
+			t.end(t.x.c.severedBy())
 			return total
 		}
 		t.note("")
 	}
+}
+
+// next waits for bytes of a tunnel. While there are none no buffer is held, but a few bytes have room, unless many were here just now.
+func (w *wire) next(few []byte, flows bool) (p []byte, err error) {
+	switch {
+	case w.buffered() > 0:
+	case !w.coded:
+		err = w.ask(0, nil)
+	case flows:
+		err = w.fill()
+	default:
+		w.drop()
+		for n := 0; n == 0 && err == nil; p = few[:n] {
+			n, err = w.tcp.Read(few)
+		}
+		if len(p) > 0 {
+			err = nil // comes again
+		}
+		return p, err
+	}
+	if err != nil {
+		return nil, err
+	}
+	return w.take(math.MaxInt64), nil
 }
 
 // note takes note that bytes have moved, or that a side has closed, and tells which did first.
@@ -1002,14 +1086,12 @@ func (t *buffered) note(closed string) (first string) {
 	return first
 }
 
-// end ends the tunnel, after an error so that neither side takes what it got for everything.
+// end ends both sides. After an error neither is to take what it got for everything.
 func (t *buffered) end(reason string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if !t.ended {
-		reason = t.x.c.because(reason)
-		t.ended, t.reason = true, reason
-		if reason == "connection_error" {
+		if t.ended, t.reason = true, reason; reason == "connection_error" {
 			t.up.tcp.SetLinger(0)
 			t.x.c.tcp.SetLinger(0)
 		}
@@ -1069,20 +1151,21 @@ type flow struct {
 
 // flow serves a request for a UDP tunnel to its end.
 func (x *exchange) flow() *failure {
-	hosts, key := &x.srv.limits.hosts, string(x.dst.key)
-	if !hosts.add(key, 1) {
-		return fail(503, tokenLimit, "%d connections to %s are open, as many as there may be (SLUICE_MAX_CONNS_PER_HOST)", hosts.most, key)
+	key := string(x.dst.key)
+	if f := x.takePlace(key); f != nil {
+		return f
 	}
-	defer hosts.add(key, -1)
+	defer x.srv.limits.hosts.add(key, -1)
 	udp, f := x.openUDP()
 	if f != nil {
 		return f
 	}
 	defer udp.Close()
-	x.status, x.begun = 200, true
+	x.begun = true
 	if f := x.tell([]byte("HTTP/1.1 200 OK\r\nCapsule-Protocol: ?1\r\n\r\n")); f != nil {
 		return f
 	}
+	x.status = 200
 	x.srv.metrics.opened(&x.summary)
 	t := &flow{x: x, m: x.c.tcp.(*muxed), udp: udp, since: time.Now(), more: max(0, minUDPIdle-x.srv.cfg.TunnelIdleTimeout)}
 	t.carry()
@@ -1128,7 +1211,7 @@ func (t *flow) carry() {
 	t.cancel, t.timer = cancel, time.AfterFunc(0, t.tick)
 	t.mu.Unlock()
 	if t.x.c.track(nil, nil, t) {
-		t.end(t.x.c.lossReason())
+		t.end(t.x.c.severedBy())
 	}
 	var others sync.WaitGroup
 	others.Go(t.fromOrigin)
@@ -1146,7 +1229,6 @@ func (t *flow) end(reason string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.reason == "" {
-		reason = t.x.c.because(reason)
 		t.reason = reason
 		if reason == "connection_error" {
 			t.m.SetLinger(0)
@@ -1186,11 +1268,11 @@ func (t *flow) toOrigin(datagram []byte) {
 	if err != nil || id != 0 {
 		return
 	} else if len(datagram)-n > maxUDP {
-		t.end("connection_error")
+		t.end(t.x.c.severedBy())
 	} else if n, err = t.udp.Write(datagram[n:]); err == nil { // what it may refuse, such as one that is too long, is lost as datagrams are
 		t.moved(n, &t.up)
 	} else if errors.Is(err, syscall.ECONNREFUSED) { // that of one before, of which the reader is not told then
-		t.end("connection_error")
+		t.end(t.x.c.severedBy())
 	}
 }
 
@@ -1232,7 +1314,7 @@ func (t *flow) capsules() {
 			err = capsule.Discard()
 		}
 		if err != nil {
-			t.end("connection_error")
+			t.end(t.x.c.severedBy())
 			return
 		}
 	}
@@ -1252,7 +1334,7 @@ func (t *flow) fromOrigin() {
 	for {
 		n, err := t.udp.Read(buf[room:])
 		if err != nil { // refused, as an ICMP message said, or closed by end
-			t.end("connection_error")
+			t.end(t.x.c.severedBy())
 			return
 		} else if n == len(buf)-room {
 			continue // there may be more of it
@@ -1267,7 +1349,7 @@ func (t *flow) fromOrigin() {
 			at := room - 1 - len(head)
 			copy(buf[at:], head)
 			if t.x.c.write(t.x.srv.cfg.BodyTimeout, buf[at:room+n], nil, nil) != nil { // a part may have been sent: no capsule can follow
-				t.end("connection_error")
+				t.end(t.x.c.severedBy())
 				return
 			}
 		}

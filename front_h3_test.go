@@ -1024,12 +1024,6 @@ func TestH3TunnelRefused(t *testing.T) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Extended CONNECT
 
-// acceptKey is what a server of WebSocket makes of a key (RFC 6455, 4.2.2).
-func acceptKey(key string) string {
-	digest := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
-	return base64.StdEncoding.EncodeToString(digest[:])
-}
-
 func TestH3WebSocket(t *testing.T) {
 	p, o := startH3Proxy(t), startOrigin(t)
 	client := p.dialH3(t)

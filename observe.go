@@ -44,39 +44,83 @@ import (
 // Logger
 
 // logger stands before a writer that may block: sampler (wants) → encoder → queue → drain. A goroutine writes what waits in one piece;
-// what finds LOG_BUFFER full is dropped. Records about traffic are sampled by level before they are built, those about the process never.
+// what finds LOG_BUFFER full, or waiting longer than its bytes may be, is dropped: clients choose much of a record, and stdout may be
+// blocked for ever. Records about traffic are sampled by level before they are built, those about the process never.
 type logger struct {
 	cfg     *config
 	process *slog.Logger
-	direct  *slog.Logger // past the queue
+	drops   *slog.Logger // for what is said of records that were dropped: there is always room
 	out     io.Writer
 	done    chan struct{}   // closed when everything is written after close
 	sampled [4]atomic.Int64 // records left out, by rank of their level
+	batch   queue           // being written; owned by drain
 
 	mu      sync.Mutex // guards what follows
 	work    sync.Cond  // there may be something to do
-	waiting []byte
-	records [4]int64 // waiting or being written, by rank
-	written [4]int64 // so far, by rank
-	dropped [4]int64 // so far, by rank
-	unsaid  int64    // dropped since that was last said
+	waiting queue
+	records int       // waiting or being written
+	bytes   int       // of these
+	most    int       // bytes
+	written [4]int64  // so far, by rank
+	dropped [4]int64  // so far, by rank
+	unsaid  int64     // dropped since that was last said
+	said    time.Time // when
 	closed  bool
+}
+
+// queue is encoded records, one behind the other.
+type queue struct {
+	text  []byte
+	marks []uint32 // of each: length << 2 | rank
+}
+
+func (q *queue) add(p []byte, rank int) {
+	q.text, q.marks = append(q.text, p...), append(q.marks, uint32(len(p)<<2|rank))
+}
+
+// skip takes n bytes from the front, and tells of how many records, by rank, those were the end.
+func (q *queue) skip(n int) (ended [4]int64) {
+	for q.text = q.text[n:]; len(q.marks) > 0; q.marks = q.marks[1:] {
+		m := q.marks[0]
+		if n < int(m>>2) {
+			q.marks[0] -= uint32(n << 2)
+			break
+		}
+		n -= int(m >> 2)
+		ended[m&3]++
+	}
+	return ended
+}
+
+// emptied is the memory of q, unless a burst has made that large.
+func (q *queue) emptied() queue {
+	if cap(q.text) > 1<<20 {
+		return queue{}
+	}
+	return queue{q.text[:0], q.marks[:0]}
 }
 
 // rank numbers the levels from 0 (debug) to 3 (error).
 func rank(level slog.Level) int { return max(0, min(int(level+4)/4, 3)) }
 
 func newLogger(cfg *config, stdout io.Writer) *logger {
-	l := &logger{cfg: cfg, out: stdout, done: make(chan struct{})}
+	l := &logger{cfg: cfg, out: stdout, done: make(chan struct{}), most: max(1<<20, 512*min(cfg.LogBuffer, math.MaxInt/512))}
 	encoder := encoderFor(cfg, stdout)
-	l.direct, l.work.L = slog.New(encoder(stdout)), &l.mu
+	l.drops, l.work.L = slog.New(encoder(rankWriter{l, rank(l.dropLevel()), true})), &l.mu
 	var byRank ranked
 	for i := range byRank {
-		byRank[i] = encoder(rankWriter{l, i})
+		byRank[i] = encoder(rankWriter{l, i, false})
 	}
 	l.process = slog.New(byRank)
 	go l.drain()
 	return l
+}
+
+// bound keeps what waits within a number of bytes, or what it was within, if that is less.
+func (l *logger) bound(most int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.most = int(min(int64(l.most), most))
 }
 
 // encoderFor gives what makes the handlers that LOG_FORMAT asks for.
@@ -150,8 +194,9 @@ func (l *logger) debug(msg string, c *client) {
 
 // rankWriter takes in the encoded records of one level.
 type rankWriter struct {
-	l    *logger
-	rank int
+	l      *logger
+	rank   int
+	always bool // whatever waits
 }
 
 // Write takes one encoded record. It never blocks.
@@ -159,9 +204,9 @@ func (w rankWriter) Write(p []byte) (int, error) {
 	l := w.l
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.records[0]+l.records[1]+l.records[2]+l.records[3] < int64(l.cfg.LogBuffer) {
-		l.waiting = append(l.waiting, p...)
-		l.records[w.rank]++
+	if l.records < l.cfg.LogBuffer && l.bytes < l.most || w.always {
+		l.waiting.add(p, w.rank)
+		l.records, l.bytes = l.records+1, l.bytes+len(p)
 	} else {
 		l.dropped[w.rank]++
 		if l.unsaid++; l.unsaid == 1 {
@@ -176,30 +221,69 @@ func (w rankWriter) Write(p []byte) (int, error) {
 // would double what it costs.
 func (l *logger) drain() {
 	defer close(l.done)
-	batch, said := []byte{}, time.Time{}
-	owes := func() bool { return l.unsaid > 0 && (l.closed || time.Since(said) >= time.Second) } // so it says once a second at most
 	for closed := false; !closed; time.Sleep(time.Millisecond) {
+		closed = l.take()
+		if left := l.write(closed); len(left.text) > 0 {
+			l.giveUp(left)
+			return
+		}
+	}
+}
+
+// take makes what waits the batch, as soon as there is something to do.
+func (l *logger) take() (closed bool) {
+	owes := func() bool { return l.unsaid > 0 && (l.closed || time.Since(l.said) >= time.Second) } // so it says once a second at most
+	l.mu.Lock()
+	for len(l.waiting.text) == 0 && !l.closed && !owes() {
+		l.work.Wait()
+	}
+	closed, unsaid := l.closed, int64(0)
+	if owes() {
+		unsaid, l.unsaid, l.said = l.unsaid, 0, time.Now()
+	}
+	l.mu.Unlock()
+	if unsaid > 0 {
+		l.drops.Log(context.Background(), l.dropLevel(), "log records dropped", "count", unsaid)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.batch, l.waiting = l.waiting, l.batch.emptied()
+	return closed
+}
+
+// dropLevel is that of the record about drops, which LOG_LEVEL must not keep back.
+func (l *logger) dropLevel() slog.Level { return max(slog.LevelWarn, l.cfg.LogLevel) }
+
+// write writes the batch. What an error leaves of it still waits, and is tried again before anything else: a record that is torn spoils
+// the next one in JSON, and all that follow in CBOR. A stdout that is gone is no reason to stop, so there is an end to that, and
+// something left, only after the logger was closed.
+func (l *logger) write(last bool) (left queue) {
+	for left = l.batch; len(left.text) > 0; time.Sleep(100 * time.Millisecond) {
+		n, _ := l.out.Write(left.text)
 		l.mu.Lock()
-		for len(l.waiting) == 0 && !l.closed && !owes() {
-			l.work.Wait()
-		}
-		batch, l.waiting, closed = l.waiting, batch[:0], l.closed
-		records, unsaid := l.records, int64(0)
-		if owes() {
-			unsaid, l.unsaid, said = l.unsaid, 0, time.Now()
-		}
-		l.mu.Unlock()
-		l.out.Write(batch) // a stdout that is gone is no reason to stop
-		if unsaid > 0 {
-			l.direct.Warn("log records dropped", "count", unsaid)
-		}
-		l.mu.Lock()
-		for i, n := range records {
-			l.records[i] -= n
+		l.bytes -= n
+		for i, n := range left.skip(n) {
+			l.records -= int(n)
 			l.written[i] += n
 		}
-		l.written[rank(slog.LevelWarn)] += min(unsaid, 1)
+		over := last || len(left.text) == 0
+		last = l.closed
 		l.mu.Unlock()
+		if over {
+			break
+		}
+	}
+	return left
+}
+
+// giveUp counts what cannot be written as dropped.
+func (l *logger) giveUp(left queue) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, q := range []*queue{&left, &l.waiting} {
+		for i, n := range q.skip(len(q.text)) {
+			l.dropped[i] += n
+		}
 	}
 }
 
@@ -255,18 +339,18 @@ func (x *summary) record(f *failure) {
 func (x *summary) describe(f *failure) {
 	add := func(name, value string) {
 		if value != "" {
-			x.attrs = append(x.attrs, slog.String(name, value[:min(len(value), 1024)])) // some are a client's choice
+			x.attrs = append(x.attrs, slog.String(name, value))
 		}
 	}
 	add(logClient, x.c.addr.String())
-	add(logUser, x.user)
-	add(logMethod, string(x.method))
+	add(logUser, cut(x.user, mostTold))
+	add(logMethod, cut(x.method, mostTold))
 	add(logServer, string(x.dst.host))
-	if path, query, _ := strings.Cut(string(x.target), "?"); !x.connect && len(x.dst.host) > 0 {
+	if path, query, _ := bytes.Cut(x.target, []byte("?")); !x.connect && len(x.dst.host) > 0 {
 		add(logScheme, "http")
-		add(logPath, cmp.Or(path, "/"))
+		add(logPath, cmp.Or(cut(path, mostTold), "/"))
 		if x.srv.cfg.LogQuery {
-			add(logQuery, query)
+			add(logQuery, cut(query, mostTold))
 		}
 	}
 	if len(x.dst.host) > 0 {
@@ -285,10 +369,21 @@ func (x *summary) describe(f *failure) {
 		slog.Float64(logDuration, milliseconds(x.end.Sub(x.start))))
 	if f != nil {
 		add(logType, f.token)
-		add(logMessage, f.logged())
+		add(logMessage, cut(f.logged(), mostTold))
 	}
 	add(logClose, x.closed)
 	add(logTrace, x.trace)
+}
+
+// mostTold is how many bytes are told of what clients and origins choose.
+const mostTold = 1024
+
+// cut is text up to most bytes, and keeps nothing alive beyond these.
+func cut[T string | []byte](text T, most int) string {
+	if len(text) > most {
+		return strings.Clone(string(text[:most]))
+	}
+	return string(text)
 }
 
 func milliseconds(d time.Duration) float64 { return math.Round(d.Seconds()*1e6) / 1e3 }
@@ -483,7 +578,7 @@ func readHead(r io.Reader) (first byte, n uint64, err error) {
 		return 0, 0, io.ErrUnexpectedEOF
 	}
 	size := b[0] & 31
-	if size < 24 || size == cborOpen {
+	if size < 24 || size == cborOpen && b[0] >= cborText { // numbers have a length
 		return b[0], uint64(size), nil
 	} else if size > 27 {
 		return b[0], 0, fmt.Errorf("0x%02x begins no data item", b[0])
@@ -505,6 +600,7 @@ type telemetry struct {
 	rejected, denied, ended             *prometheus.CounterVec // connections, requests, tunnels; by reason
 	duration, wait, connect, tunnelTime prometheus.Histogram
 	accepted, up, down, reused, dialled prometheus.Counter
+	audited                             prometheus.Counter // requests that would have been denied
 	hits, misses, stales, errors        prometheus.Counter // of lookups
 	clients, tunnels, upstreams         atomic.Int64       // connections and tunnels that are open
 
@@ -531,6 +627,7 @@ func newTelemetry() *telemetry {
 	m.duration = histogram("request_duration_seconds", "From a request's head to the end of its response, tunnels apart.", short...)
 	m.wait = histogram("response_wait_seconds", "From the end of a request that was passed on to the head of its response.", short...)
 	m.denied = counters("denied_total", "Requests and connections that policy denied.", "reason")
+	m.audited = counters("would_deny_total", "Requests that a rule about hosts or ports would have denied, had SLUICE_MODE=audit not let them through.", "reason").WithLabelValues(tokenDenied)
 	m.connect = histogram("connect_duration_seconds", "Connecting to an origin, its name's lookup apart.", short...)
 	m.accepted = counters("client_connections_total", "Client connections, those that were rejected among them.").WithLabelValues()
 	m.rejected = counters("client_connections_rejected_total", "Client connections that were answered before they sent a request.", "reason")
@@ -538,7 +635,7 @@ func newTelemetry() *telemetry {
 	m.tunnelTime = histogram("tunnel_duration_seconds", "From the request for a tunnel to its end.", .1, .5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 14400)
 	moved := counters("bytes_total", "Bytes of bodies and tunnels, up to origins and down to clients.", "direction")
 	m.up, m.down = moved.WithLabelValues("up"), moved.WithLabelValues("down")
-	pool := counters("pool_requests_total", "Requests by the connection that took them to their origin.", "result")
+	pool := counters("pool_requests_total", "Connections to origins that were taken for a request; one that is sent again, since a reused one was dead, takes two.", "result")
 	m.reused, m.dialled = pool.WithLabelValues("reused"), pool.WithLabelValues("dialled")
 	names := counters("dns_lookups_total", "Names looked up: hit = the answer was remembered, miss = a resolver was asked, stale = in vain, but an old answer served, error = in vain.", "result")
 	m.hits, m.misses, m.stales, m.errors = names.WithLabelValues("hit"), names.WithLabelValues("miss"), names.WithLabelValues("stale"), names.WithLabelValues("error")
@@ -574,7 +671,7 @@ func (m *telemetry) watch(s *server) {
 	counter("panics_total", "Faults that ended a connection.", nil, s.panics.Load)
 	for i, level := range []string{"debug", "info", "warn", "error"} {
 		records := func(result string, n func() int64) {
-			counter("log_records_total", "Log records that were written, left out by SLUICE_LOG_SAMPLE, or dropped since SLUICE_LOG_BUFFER were waiting.",
+			counter("log_records_total", "Log records that were written, left out by SLUICE_LOG_SAMPLE, or dropped: they found SLUICE_LOG_BUFFER full, or could not be written until the end.",
 				prometheus.Labels{"level": level, "result": result}, n)
 		}
 		records("sampled", s.log.sampled[i].Load)
@@ -598,6 +695,9 @@ func (m *telemetry) answered(x *summary, reason string) {
 		*o = tally{method, reason, x.status, m.requests.WithLabelValues(method, codeLabel(x.status), reason)}
 	}
 	o.counter.Inc()
+	if x.audited && reason != tokenDenied && reason != tokenProhibited { // nothing else has denied it
+		m.audited.Inc()
+	}
 }
 
 // methodLabel is method if it is registered with IANA, else OTHER.
@@ -675,8 +775,7 @@ func (m *telemetry) note(x *summary, f *failure) {
 	} else if f.token == tokenDenied || f.token == tokenProhibited {
 		m.denied.WithLabelValues(f.token).Inc()
 	}
-	method, message := string(x.method), f.logged()
-	n := failed{x.end, x.c.addr.String(), x.user, method[:min(len(method), 32)], string(x.dst.host), x.dst.port, x.status, f.token, message[:min(len(message), 1024)]}
+	n := failed{x.end, x.c.addr.String(), cut(x.user, mostTold), cut(x.method, 32), string(x.dst.host), x.dst.port, x.status, f.token, cut(f.logged(), mostTold)}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.failures = append(m.failures[max(0, len(m.failures)-19):], n)
@@ -744,16 +843,23 @@ func newAdmin(s *server) *http.Server {
 		ErrorLog: slog.NewLogLogger(s.log.process.Handler(), slog.LevelDebug)}
 }
 
-// guard keeps the web pages of a browser on this host out: their requests of other methods than GET (CSRF), and, where this listens on
-// a loopback address, those to a name that they have made resolve to it (DNS rebinding).
+// guard keeps the web pages of a browser out that can reach this listener: what they post here or load from here (CSRF; a profile costs
+// seconds of CPU), and what they ask of a name that they have made resolve to it (DNS rebinding), on a loopback address whatever that is,
+// on others, which may be what a container's published port leads to, if it changes something.
 func guard(next http.Handler) http.Handler {
 	return http.NewCrossOriginProtection().Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-		if addrPort(local).Addr().IsLoopback() && r.Host != "" && !isAddress(r.Host, 0) && !isAddress(r.Host+":0", 0) {
-			http.Error(w, "on a loopback address this answers to addresses and to localhost only", http.StatusMisdirectedRequest)
-			return
+		changes := r.Method == http.MethodPost && r.Header.Get("Origin") != ""
+		named := r.Host != "" && !isAddress(r.Host, 0) && !isAddress(r.Host+":0", 0)
+		site, follows := r.Header.Get("Sec-Fetch-Site"), r.Header.Get("Sec-Fetch-Mode") == "navigate" // a link, or an address typed in
+		switch {
+		case named && (changes || addrPort(local).Addr().IsLoopback()):
+			http.Error(w, "on a loopback address, and to what changes anything, this answers to addresses and to localhost only", http.StatusMisdirectedRequest)
+		case (site == "cross-site" || site == "same-site") && (!follows || strings.HasPrefix(r.URL.Path, "/debug/pprof/")):
+			http.Error(w, "this does not answer to other web pages", http.StatusForbidden)
+		default:
+			next.ServeHTTP(w, r)
 		}
-		next.ServeHTTP(w, r)
 	}))
 }
 

@@ -1,10 +1,11 @@
 // Sluice is a forward HTTP proxy that runs as a sidecar: the one way out of a container, a CI job or an agent's sandbox.
-// It is started by environment variables alone, forwards HTTP/1.1 and CONNECT tunnels, refuses private destinations
+// It is started by environment variables alone, forwards HTTP and CONNECT tunnels, refuses private destinations
 // unless told otherwise, and explains every refusal in the answer, in the log and in Proxy-Status with one token.
 //
 // The life of a connection:
 //
 //	listener (one per CPU, SO_REUSEPORT) → client policy: address, connection limits → client.serve, one goroutine
+//	  → the first bytes tell TLS, HTTP/2 and HTTP/1 apart; a stream of HTTP/2 or 3 comes in as one request of a client of its own
 //	  → wait for a request without holding a buffer → read its head → parse it strictly, in place
 //	  → admit: credentials, loops, hosts, ports → answer a refusal, or
 //	  → forward: a pooled connection, or resolve → judge every address → dial the allowed ones → pool
@@ -13,7 +14,8 @@
 //
 // Contents, as data flows: Entry · Configuration · Server · Clients · Wires and buffers · Heads · Requests · Policy ·
 // Names and dialling · Forwarding · Bodies · Tunnels · Answers · Logs ·
-// Platform contract (tune_linux.go, tune_other.go). What is told of it all, logger, metrics and admin listener, stands in observe.go.
+// Platform contract (tune_linux.go, tune_other.go). TLS, HTTP/2, HTTP/3 and UDP tunnels stand in front.go; what is told of it all,
+// records, metrics and the admin listener, in observe.go.
 //
 // What it deliberately does not do: cache, rewrite, intercept TLS, serve files, act as a reverse proxy, take flags.
 //
@@ -207,7 +209,7 @@ type config struct {
 	LogLevel               slog.Level    `env:"LOG_LEVEL" envDefault:"info"`                 // Least level that is logged: `debug`, `info`, `warn`, `error`.
 	LogFormat              string        `env:"LOG_FORMAT" envDefault:"auto"`                // `json`; `cbor` (a sequence of maps, which `sluice logs` turns into lines of JSON); `text` (for people); `auto` = text on a terminal, else json.
 	LogSample              shares        `env:"LOG_SAMPLE"`                                  // Share of connection, request and tunnel records kept per level, as in `debug=0.01,info=0.1`; levels not named are kept. Records about the process itself are never sampled.
-	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written; when full, new ones are dropped and counted, never waited for.
+	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written, 512 bytes of each on average, but 1 MiB in all at least and a sixteenth of SLUICE_MEMORY_LIMIT at most; when full, new ones are dropped and counted, never waited for.
 	LogQuery               bool          `env:"LOG_QUERY" envDefault:"false"`                // Log query strings, in `url.query`. User info and credentials are never logged.
 	Tune                   string        `env:"TUNE" envDefault:"check"`                     // Kernel settings: `check` warns of those that fall short, `apply` also writes them where the container may, `off`.
 	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one, but at least 12 MiB less than that. GOMEMLIMIT, where it is set, wins.
@@ -334,7 +336,7 @@ func (c *config) check(demand func(ok bool, name, reason string)) {
 	demand(err == nil, "TLS_CERT", fmt.Sprint(err))
 	demand(!c.HTTP3 || c.TLSCert != "", "HTTP3", "needs SLUICE_TLS_CERT and SLUICE_TLS_KEY")
 	demand(c.MaxHeader >= 1024 && c.MaxHeader <= 16<<20, "MAX_HEADER", "must be between 1KiB and 16MiB")
-	demand(c.LogLevel%4 == 0 && c.LogLevel >= slog.LevelDebug && c.LogLevel <= slog.LevelError, "LOG_LEVEL", "is none of debug, info, warn, error")
+	demand(hasName(c.LogLevel), "LOG_LEVEL", "is none of debug, info, warn, error")
 	demand(c.LogBuffer > 0, "LOG_BUFFER", "must be at least 1")
 	demand(slices.Contains([]string{"auto", "json", "text", "cbor"}, c.LogFormat), "LOG_FORMAT", "is none of json, text, cbor, auto")
 	demand(slices.Contains([]string{"enforce", "audit"}, c.Mode), "MODE", "is neither enforce nor audit")
@@ -443,6 +445,9 @@ func parsePrefix(text string) (netip.Prefix, bool) {
 	return block.Masked(), err == nil && !block.Addr().Is4In6()
 }
 
+// hasName reports whether level is one of the four that records have.
+func hasName(level slog.Level) bool { return level == slog.Level(4*rank(level)-4) }
+
 // shares is the share of records kept per level; levels that are not named are kept.
 type shares map[slog.Level]float64
 
@@ -452,7 +457,7 @@ func (s *shares) UnmarshalText(text []byte) error {
 		name, value, _ := strings.Cut(item, "=")
 		var level slog.Level
 		share, err := strconv.ParseFloat(value, 64)
-		ok := level.UnmarshalText([]byte(name)) == nil && err == nil && share >= 0 && share <= 1
+		ok := level.UnmarshalText([]byte(name)) == nil && hasName(level) && err == nil && share >= 0 && share <= 1
 		(*s)[level] = share
 		return ok
 	})
@@ -565,8 +570,10 @@ type server struct {
 	listeners []*listener
 	own       []netip.AddrPort // where this process listens, the admin listener included
 	admin     *http.Server
-	front     front  // what speaks TLS, HTTP/2 and HTTP/3 to clients
-	stop      func() // begins the drain, as SIGTERM does
+	front     front           // what speaks TLS, HTTP/2 and HTTP/3 to clients
+	stop      func()          // begins the drain, as SIGTERM does
+	life      context.Context // ends in close, by end
+	end       func()
 	started   time.Time
 	vars      []variable // the configuration in force
 	findings  []finding  // what falls short in the kernel
@@ -586,11 +593,13 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	s = &server{cfg: cfg, log: log, metrics: newTelemetry(), started: time.Now(), reached: contacts{keys: map[string]*atomic.Int64{}},
 		doubtful: contacts{keys: map[string]*atomic.Int64{}, all: true},
 		pool:     newPool(cfg), gate: newGatekeeper(cfg.Users), hop: []byte(cfg.Name + "\r\n")}
+	s.life, s.end = context.WithCancel(context.Background())
 	s.names, s.admin = &resolver{cfg: cfg, metrics: s.metrics}, newAdmin(s)
 	s.names.answers, _ = lru.New[string, dnsAnswer](4096) // fails on sizes below 1 only
 	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
-	s.limits.tunnels.most, s.limits.hosts.most = cfg.MaxTunnels, cfg.MaxConnsPerHost
+	s.limits.tunnels.most, s.limits.hosts.most, s.limits.streams.most = cfg.MaxTunnels, cfg.MaxConnsPerHost, connLimit()
 	s.limits.mostLarge = max(1, debug.SetMemoryLimit(-1)/8/int64(cfg.MaxHeader))
+	log.bound(debug.SetMemoryLimit(-1) / 16)
 	s.limits.rates = rates{limit: rate.Limit(cfg.Rate), burst: cmp.Or(cfg.RateBurst, 2*cfg.Rate)}
 	s.limits.rates.buckets, _ = lru.New[netip.Addr, *rate.Limiter](1 << 14) // of 200 bytes each
 	s.buffers.New = func() any { return new([bufferSize]byte) }
@@ -629,8 +638,8 @@ func (s *server) listen(ctx context.Context) error {
 		})
 	}
 	s.run(&s.behind, s.watcher.run)
-	s.run(&s.behind, func() { s.watchMemory(ctx) })
-	s.run(&s.behind, func() { s.metrics.remember(ctx) })
+	s.run(&s.behind, func() { s.watchMemory(s.life) }) // during the drain, too
+	s.run(&s.behind, func() { s.metrics.remember(s.life) })
 	for _, l := range s.listeners {
 		s.run(&s.accepting, func() { s.accept(ctx, l) })
 	}
@@ -680,6 +689,7 @@ func (s *server) close() {
 	for _, l := range s.listeners {
 		l.Close()
 	}
+	s.end()
 	s.admin.Close()
 	s.front.close()
 	s.watcher.close()
@@ -714,20 +724,21 @@ type client struct {
 	site     netip.Addr // that limits go by
 	counted  bool       // among limits.conns and limits.clients
 	watch    watched
-	idle     atomic.Bool // between requests
-	shut     atomic.Bool // by closeIdle: what looks like a hang-up is none
-	now      time.Time   // when the last request ended
-	left     *exchange   // a request that await has read and left
-	under    *exchange   // the request under way
-	over     bool        // no further request is served
-	detached bool        // a tunnel has taken over
-	lingers  bool        // the end is made with care, since unread bytes are about
-	settled  bool        // it speaks HTTP/1
-	conn     *client     // carries this one, a stream of HTTP/2 or 3; nil = this is a connection
-	name     string      // in its certificate
-	proven   bool        // it came over TLS, with the certificate that SLUICE_TLS_CLIENT_CA may ask for
-	rejected bool        // is answered before it sent a request
-	luck     float64     // decides with LOG_SAMPLE whether it is told of
+	idle     atomic.Bool  // between requests
+	shut     atomic.Bool  // by closeIdle: what looks like a hang-up is none
+	now      time.Time    // when the last request ended
+	left     *exchange    // a request that await has read and left
+	under    *exchange    // the request under way
+	over     bool         // no further request is served
+	detached bool         // a tunnel has taken over
+	held     atomic.Int32 // by the connection, and by each of its streams
+	lingers  bool         // the end is made with care, since unread bytes are about
+	settled  bool         // it speaks HTTP/1
+	conn     *client      // carries this one, a stream of HTTP/2 or 3; nil = this is a connection
+	name     string       // in its certificate
+	proven   bool         // it came over TLS, with the certificate that SLUICE_TLS_CLIENT_CA may ask for
+	rejected bool         // is answered before it sent a request
+	luck     float64      // decides with LOG_SAMPLE whether it is told of
 
 	mu       sync.Mutex // guards what follows
 	gone     bool       // has hung up
@@ -747,6 +758,7 @@ func (s *server) newClient(conn stream, addr netip.Addr) (c *client, f *failure)
 	s.metrics.accepted.Inc()
 	s.metrics.clients.Add(1)
 	c = &client{addr: addr, luck: s.cfg.luck()}
+	c.held.Store(1)
 	c.attach(s, conn)
 	s.clients.Store(c, nil)
 	s.log.debug("client connected", c)
@@ -776,6 +788,8 @@ func (c *client) serve() {
 		}
 		if !c.settled && !c.settle() {
 			break
+		} else if c.coded && c.buffered() == 0 {
+			continue // the handshake brought no request yet
 		}
 		x := c.left
 		if c.left = nil; x == nil {
@@ -786,6 +800,8 @@ func (c *client) serve() {
 	}
 	if !parked && c.lingers {
 		c.linger()
+	} else if !parked && c.coded && !c.detached {
+		c.tcp.CloseWrite() // TLS tells of the end
 	}
 }
 
@@ -860,7 +876,7 @@ func (c *client) end() {
 	c.srv.clients.Delete(c)
 	c.srv.metrics.clients.Add(-1)
 	c.srv.log.debug("client closed", c)
-	c.srv.serving.Done()
+	c.release()
 }
 
 // closeIdle ends the wait of a connection that is between requests.
@@ -891,14 +907,14 @@ func (c *client) abandonLocked() {
 func (c *client) sever(reason string) {
 	c.mu.Lock()
 	c.severed, c.gone = true, true
-	t := c.tunnel
+	t, conn := c.tunnel, c.tcp
 	c.mu.Unlock()
 	if t != nil {
 		t.end(reason)
 		return
 	}
 	c.abandon()
-	c.tcp.Close()
+	conn.Close()
 	if c.unpark() {
 		go c.serve() // finds it closed
 	}
@@ -961,7 +977,8 @@ type limits struct {
 	conns           quota[struct{}]
 	clients         quota[netip.Addr] // connections by client.site
 	tunnels         quota[struct{}]
-	hosts           quota[string] // connections to origins by upstream.key
+	streams         quota[struct{}] // of HTTP/2 and 3
+	hosts           quota[string]   // connections to origins by upstream.key
 	rates           rates
 	shedding, large atomic.Int64 // connections that are being shed; buffers that are larger than pooled ones
 	full            atomic.Bool  // there is no memory for more
@@ -1266,6 +1283,9 @@ func (h *head) reset(raw []byte) {
 	*h = head{raw: raw, fields: h.fields[:0], named: h.named[:0], minor: 1, length: -1, forwards: -1}
 }
 
+// maxFields is how many fields a head may have.
+const maxFields = 256
+
 // parseFields reads the field lines of raw from at up to the empty line. hop is this hop's Via name. unfold turns obs-fold into
 // spaces, as RFC 9112, 5.2 asks of a proxy for responses; without it obs-fold is a fault.
 func (h *head) parseFields(at int, hop []byte, unfold bool) error {
@@ -1285,7 +1305,7 @@ func (h *head) parseFields(at int, hop []byte, unfold bool) error {
 			return fault("a field name is empty, holds an invalid byte, or is not followed by a colon")
 		case !allValue(line[colon+1:]):
 			return fault("a field value holds an invalid byte")
-		case len(h.fields) == 256:
+		case len(h.fields) == maxFields:
 			return faultManyFields
 		}
 		kind, err := h.note(line[:colon], line[colon+1:], hop)
@@ -1464,6 +1484,7 @@ type summary struct {
 	udp               bool        // the tunnel is one for datagrams (RFC 9298)
 	first             bool        // the first contact with its destination
 	closed            string      // why a tunnel ended
+	audited           bool        // would have been denied, but for MODE=audit
 	luck              float64     // decides with LOG_SAMPLE whether it is told of
 	attrs             []slog.Attr // for the record
 	tally             tally       // of the exchange that had this memory before
@@ -1555,7 +1576,7 @@ func (x *exchange) readRequest() *failure {
 	}
 	x.keep = x.req.minor == 1 && !x.req.close && !x.srv.draining.Load() // a proxy does not persist with HTTP/1.0 clients (RFC 9112, 9.3)
 	x.reqBody.begin(&x.c.wire, &x.req, bodyLength, int64(x.srv.cfg.MaxRequestBody))
-	x.trace = traceID(string(x.req.trace))
+	x.trace = traceID(cut(x.req.trace, 56)) // a tunnel keeps it
 	return nil
 }
 
@@ -1748,8 +1769,9 @@ func (x *exchange) unlessAudited(f *failure) *failure {
 	if f == nil || x.srv.cfg.Mode != "audit" {
 		return f
 	}
+	x.audited = true
 	if isNew, _ := x.srv.doubtful.first(&x.dst); isNew {
-		x.srv.log.process.Warn("would deny", logClient, x.c.addr.String(), logMethod, string(x.method), logServer, string(x.dst.host),
+		x.srv.log.process.Warn("would deny", logClient, x.c.addr.String(), logMethod, cut(x.method, mostTold), logServer, string(x.dst.host),
 			logPort, int(x.dst.port), "would_deny", f.text)
 	}
 	return nil
@@ -2110,25 +2132,35 @@ func (x *exchange) dialUpstream() (*upstream, *failure) {
 	if f != nil {
 		return nil, f
 	}
-	hosts, key := &x.srv.limits.hosts, string(x.dst.key)
-	for wait := time.Duration(0); !hosts.add(key, 1); time.Sleep(wait) { // one may be on its way back: its client has its answer already
-		if idle := x.srv.pool.get(x.dst.key, x.start, false); idle != nil { // of no use for a tunnel
-			idle.close()
-		} else if wait += time.Millisecond; wait > 5*time.Millisecond {
-			return nil, fail(503, tokenLimit, "%d connections to %s are open, as many as there may be (SLUICE_MAX_CONNS_PER_HOST)", hosts.most, key)
-		}
+	key := string(x.dst.key)
+	if f := x.takePlace(key); f != nil {
+		return nil, f
 	}
 	begun := time.Now()
 	up, err := x.srv.dial(ctx, allowed)
 	if err != nil {
-		hosts.add(key, -1)
+		x.srv.limits.hosts.add(key, -1)
 		return nil, x.dialFailure(err)
 	}
 	up.key, x.asked = key, time.Now()
 	x.srv.metrics.connect.Observe(x.asked.Sub(begun).Seconds())
 	x.srv.metrics.upstreams.Add(1)
 	x.first, up.requests = x.srv.reached.first(&x.dst) // a connection of the pool is to one that is known
+	up.audited = x.audited
 	return up, nil
+}
+
+// takePlace takes one of the connections that there may be to a destination.
+func (x *exchange) takePlace(key string) *failure {
+	hosts := &x.srv.limits.hosts
+	for wait := time.Duration(0); !hosts.add(key, 1); time.Sleep(wait) { // one may be on its way back: its client has its answer already
+		if idle := x.srv.pool.get(x.dst.key, x.start, false); idle != nil { // of no use for a tunnel
+			idle.close()
+		} else if wait += time.Millisecond; wait > 5*time.Millisecond {
+			return fail(503, tokenLimit, "%d connections to %s are open, as many as there may be (SLUICE_MAX_CONNS_PER_HOST)", hosts.most, key)
+		}
+	}
+	return nil
 }
 
 // locate gives the addresses of the destination that may be dialled.
@@ -2190,6 +2222,7 @@ type upstream struct {
 	wary  bool        // there may be more than its last response: that had no body by rule, or was moved by the kernel unseen
 
 	requests *atomic.Int64 // of all to its destination
+	audited  bool          // these would be denied, but for MODE=audit
 }
 
 func (up *upstream) close() {
@@ -2209,7 +2242,7 @@ func (up *upstream) close() {
 // replaced by a new one, if the request can be repeated (RFC 9110, 9.2.2).
 func (x *exchange) forward() *failure {
 	x.out = x.appendRequest(x.out)
-	for up := x.srv.pool.get(x.dst.key, x.start, !x.repeatable()); ; up = nil {
+	for up, again := x.srv.pool.get(x.dst.key, x.start, !x.repeatable()), false; ; up, again = nil, true {
 		if x.reused = up != nil; !x.reused {
 			var f *failure
 			if up, f = x.dialUpstream(); f != nil {
@@ -2218,10 +2251,12 @@ func (x *exchange) forward() *failure {
 			x.srv.watcher.add(&up.watch, up.raw, up)
 			x.srv.metrics.dialled.Inc()
 		} else {
-			x.asked = time.Now()
+			x.asked, x.audited = time.Now(), up.audited // addresses were judged when it was dialled
 			x.srv.metrics.reused.Inc()
 		}
-		up.requests.Add(1)
+		if !again {
+			up.requests.Add(1)
+		}
 		if f := x.roundTrip(up); f == nil || !f.stale || !x.reused || !x.repeatable() {
 			return f
 		}
@@ -2279,16 +2314,6 @@ func (x *exchange) appendFields(b []byte, h *head, chunked bool, length int64) [
 		return appendNumber(b, "Content-Length: ", length)
 	}
 	return b
-}
-
-// received is the version of HTTP that a head came with.
-func (x *exchange) received(h *head) string {
-	if h == &x.req && x.c.conn != nil {
-		return x.c.tcp.(*muxed).version
-	} else if h.minor == 0 {
-		return "1.0"
-	}
-	return "1.1"
 }
 
 func appendNumber(b []byte, name string, n int64) []byte {
@@ -2440,13 +2465,13 @@ func (x *exchange) receive(up *upstream) *failure {
 		}
 		b := x.appendHead(x.in[:0], false, -1)
 		if status == 101 {
-			x.status, x.keep, x.begun = 101, false, true
+			x.keep, x.begun = false, true
 			b = append(b, "Connection: Upgrade\r\nUpgrade: websocket\r\n"...)
 		}
 		if f := x.tell(append(b, "\r\n"...)); f != nil {
 			return f
 		} else if status == 101 {
-			x.onward = up
+			x.status, x.onward = 101, up
 			return nil
 		}
 	}
@@ -2685,14 +2710,14 @@ func (b *body) chunkFraming(in []byte) (more bool, err error) {
 			err = faultChunk
 		}
 	case chunkTrailers:
-		if n, _, err = sectionEnd(in, 0); n > 2 {
+		if n, _, err = sectionEnd(in, 0); err == nil && max(n, len(in)) > bufferSize && (n == 0 || n > bufferSize) {
+			err = faultChunk // the trailers are too large
+		} else if n > 2 {
 			var t head
 			t.reset(in[:n])
 			t.named = b.named
 			err = t.parseFields(0, nil, b.unfold)
 			b.trailer = t.appendKept(nil)
-		} else if n == 0 && err == nil && len(in) > bufferSize {
-			err = faultChunk
 		}
 	}
 	if n == 0 || err != nil {
@@ -2786,12 +2811,12 @@ func (x *exchange) tunnel() *failure {
 		return f
 	}
 	up.requests.Add(1)
-	x.status, x.begun = 200, true
+	x.begun = true
 	if f := x.tell([]byte("HTTP/1.1 200 Connection Established\r\n\r\n")); f != nil {
 		up.close()
 		return f
 	}
-	x.onward = up
+	x.status, x.onward = 200, up
 	return nil
 }
 
@@ -2958,7 +2983,7 @@ const (
 //	(*wire).fill                 reads once, into what room there is or is made; an error only when nothing was read
 //	(*wire).readWithin           sets the time for the next bytes, as readBy does, from a given one on. It may fire early
 //	(*wire).write(limit, a,b,c)  sends up to three pieces with one system call, within limit
-//	(*wire).ask(limit, p)        sends p and waits for the first bytes that come back
+//	(*wire).ask(limit, p)        sends p, if any, and waits for the first bytes that come (back)
 //	(*client).await              waits for a request, holding no buffer, and may serve those that need nothing more from the client;
 //	                             more = there is one to be read, or left. After parkAfter it may have the watcher call serve when
 //	                             there is something to read: parked, until unpark returns true

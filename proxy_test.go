@@ -199,7 +199,11 @@ func startProxy(t testing.TB, vars ...string) *testProxy {
 func awaitNoLeak(t testing.TB, goroutines, files int) {
 	for end := time.Now().Add(patience); runtime.NumGoroutine() > goroutines || countFiles() > files; time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Errorf("leak: %d goroutines (%d before), %d descriptors (%d before)\n%s", runtime.NumGoroutine(), goroutines, countFiles(), files, stacks())
+			open, _ := filepath.Glob("/proc/self/fd/*")
+			for i, path := range open {
+				open[i], _ = os.Readlink(path)
+			}
+			t.Errorf("leak: %d goroutines (%d before), %d descriptors (%d before)\n%s\n%s", runtime.NumGoroutine(), goroutines, countFiles(), files, open, stacks())
 			return
 		}
 	}
@@ -1150,7 +1154,7 @@ func TestListsWithSpaces(t *testing.T) {
 	}
 }
 
-// TestLogLevelsHaveNames: LOG_LEVEL is one of four names, not arithmetic with them.
+// TestLogLevelsHaveNames: a level is one of four names, not arithmetic with them, which no record has.
 func TestLogLevelsHaveNames(t *testing.T) {
 	for _, value := range []string{"info+3", "debug-1", "error+4", "debug-4"} {
 		status, stdout, stderr := sluice([]string{"env"}, "SLUICE_LOG_LEVEL="+value)
@@ -1158,6 +1162,11 @@ func TestLogLevelsHaveNames(t *testing.T) {
 			t.Errorf("%s: status %d, stdout %q", value, status, stdout)
 		}
 		wantsFault(t, stderr, "LOG_LEVEL", value)
+		status, stdout, stderr = sluice([]string{"env"}, "SLUICE_LOG_SAMPLE="+value+"=0.1")
+		if status != 2 || stdout != "" {
+			t.Errorf("sample %s: status %d, stdout %q", value, status, stdout)
+		}
+		wantsFault(t, stderr, "LOG_SAMPLE", value+"=0.1")
 	}
 }
 
@@ -1947,6 +1956,11 @@ func TestAudit(t *testing.T) {
 	c := p.dial(t)
 	c.send("GET http://good.test:%s/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 sluice-test\r\n\r\n", port)
 	c.wantsRefusal("GET", 502, tokenLoop)
+	p.awaitServed(t, 16)
+	series, _ := p.scrape(t) // those for there.test went over one connection; what something else has denied was not let through
+	if let, denied := series[`sluice_would_deny_total{reason="http_request_denied"}`], series[`sluice_denied_total{reason="destination_ip_prohibited"}`]; let != 9 || denied != 2 {
+		t.Errorf("%v requests were let through, %v denied", let, denied)
+	}
 	p.stop()
 	for host, words := range hosts {
 		var said []map[string]any
@@ -6856,6 +6870,35 @@ func TestHostileRequestsInLogs(t *testing.T) {
 	}
 }
 
+// What clients choose is told in part, also by audit mode, and no record or failure keeps the whole of it in memory.
+func TestLongRequestsAreToldInPart(t *testing.T) {
+	p := startProxy(t, "MODE=audit", "ALLOW_HOSTS=origin.test")
+	p.dial(t).ask("M"+strings.Repeat("X", 60_000), "http://127.0.0.1:1/")
+	if n := len(p.log.await(t, "would deny", 1)["http.request.method"].(string)); n != 1024 {
+		t.Errorf("the record's method has %d bytes", n)
+	}
+	s := testServer(t, "LOG_QUERY=true")
+	heap := func() int {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int(m.HeapAlloc)
+	}
+	before, told := heap(), [][]slog.Attr{}
+	for range 20 {
+		x := &exchange{summary: summary{srv: s, c: &client{}, dst: destination{host: []byte("origin.test")}}}
+		x.method, x.target = bytes.Repeat([]byte("M"), 1<<20), append(bytes.Repeat([]byte("/"), 1<<20), "?query"...)
+		f := fail(502, tokenProtocol, "of the origin").because(errors.New(strings.Repeat("x", 1<<20)))
+		x.describe(f)
+		s.metrics.note(&x.summary, f)
+		told = append(told, x.attrs)
+	}
+	if n := heap() - before; n > 10<<20 {
+		t.Errorf("%d bytes are kept of 20 requests", n)
+	}
+	runtime.KeepAlive(told)
+}
+
 func TestTraceID(t *testing.T) {
 	p := startProxy(t)
 	const id, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -7036,6 +7079,155 @@ func TestBlockedStdout(t *testing.T) {
 	}
 }
 
+// Clients choose much of a record, and nobody may read stdout: what waits is bounded by bytes, too, and what a burst took is given back.
+func TestLongRecordsWait(t *testing.T) {
+	for limit, most := range map[int64]int{math.MaxInt64: 8192 * 512, 32 << 20: 2 << 20} {
+		out, cfg := &stuckWriter{gate: make(chan struct{})}, &config{LogBuffer: 8192, LogFormat: "json", MaxHeader: 1 << 16}
+		log := newLogger(cfg, out)
+		before := debug.SetMemoryLimit(limit)
+		s, err := newServer(cfg, log)
+		debug.SetMemoryLimit(before)
+		if err != nil {
+			t.Fatal(err)
+		}
+		log.process.Info("short")
+		eventually(t, "the writer to be stuck", func() bool { log.mu.Lock(); defer log.mu.Unlock(); return len(log.waiting.text) == 0 })
+		long := strings.Repeat("x", 3000)
+		for range 8000 {
+			log.process.Info(long)
+		}
+		log.mu.Lock()
+		waiting, room := len(log.waiting.text), cap(log.waiting.text)
+		log.mu.Unlock()
+		if waiting < most-4096 || waiting > most+4096 || room > 2*most {
+			t.Errorf("with a limit of %d, %d bytes wait, in %d; want %d", limit, waiting, room, most)
+		}
+		close(out.gate)
+		written, dropped := int64(0), int64(0)
+		for i := range int64(3) { // each of these takes the other buffer
+			eventually(t, "the records to be written", func() bool {
+				written, dropped = log.count(rank(slog.LevelInfo))
+				return written+dropped == 8001+i
+			})
+			log.process.Info("short")
+		}
+		s.close()
+		log.close(time.Second)
+		if room = cap(log.waiting.text); room > 1<<20 {
+			t.Errorf("%d bytes are kept for what waits", room)
+		}
+		if n := int64(strings.Count(out.all(), long)); written != n+3 || dropped != 8000-n {
+			t.Errorf("%d long records came; counted: %d written, %d dropped", n, written, dropped)
+		}
+	}
+}
+
+// Drops are told of whatever LOG_LEVEL is, and what counts as written is what was written.
+func TestDropsAreToldOf(t *testing.T) {
+	for level, told := range map[slog.Level]string{slog.LevelInfo: "WARN", slog.LevelWarn: "WARN", slog.LevelError: "ERROR"} {
+		out := &stuckWriter{gate: make(chan struct{})}
+		log := newLogger(&config{LogBuffer: 1, LogFormat: "json", LogLevel: level}, out)
+		for range 5 {
+			log.process.Error("x")
+		}
+		close(out.gate)
+		log.close(patience)
+		wrote, said := map[any]int64{}, 0.0
+		for _, r := range out.records(t) {
+			wrote[r["level"]]++
+			if n, ok := r["count"].(float64); ok && r["level"] == told {
+				said += n
+			}
+		}
+		for i, name := range []string{"DEBUG", "INFO", "WARN", "ERROR"} {
+			if n, _ := log.count(i); n != wrote[name] {
+				t.Errorf("LOG_LEVEL=%v: %d records of level %s, %d counted", level, wrote[name], name, n)
+			}
+		}
+		if _, dropped := log.count(rank(slog.LevelError)); said != float64(dropped) || dropped != 4 {
+			t.Errorf("LOG_LEVEL=%v: %d dropped, of which %v said as %s", level, dropped, said, told)
+		}
+	}
+}
+
+// fullDisk takes some bytes, then has no room for a while.
+type fullDisk struct {
+	logSink
+	room  int // bytes until then
+	fails int // attempts that fail
+	calls atomic.Int64
+}
+
+func (f *fullDisk) Write(p []byte) (n int, err error) {
+	f.calls.Add(1)
+	if len(p) <= f.room || f.fails == 0 {
+		f.room -= len(p)
+		return f.logSink.Write(p)
+	}
+	n, _ = f.logSink.Write(p[:f.room])
+	f.room, f.fails = 0, f.fails-1
+	return n, syscall.ENOSPC
+}
+
+// What a failed write has left is written when there is room again, from the byte on that it has come to.
+func TestTornWrites(t *testing.T) {
+	for _, format := range []string{"json", "cbor"} {
+		out := &fullDisk{room: 333, fails: 3}
+		log := newLogger(&config{LogBuffer: 100, LogFormat: format}, out)
+		for i := range 10 {
+			log.process.Info("request", "number", i, "server.address", "origin.test")
+			time.Sleep(5 * time.Millisecond)
+		}
+		eventually(t, "the records to be written", func() bool {
+			written, _ := log.count(rank(slog.LevelInfo))
+			return written == 10
+		})
+		log.close(time.Second)
+		text := out.all()
+		if format == "cbor" {
+			var lines bytes.Buffer
+			if err := printLogs(strings.NewReader(text), &lines); err != nil {
+				t.Error(err)
+			}
+			text = lines.String()
+		}
+		for i := range 10 {
+			line, rest, _ := strings.Cut(text, "\n")
+			if text = rest; !json.Valid([]byte(line)) || !strings.Contains(line, fmt.Sprintf(`"number":%d,`, i)) {
+				t.Errorf("%s: line %d is %q", format, i, line)
+			}
+		}
+	}
+}
+
+// As long as nothing can be written, records wait, are dropped where there is no room for them, and what is left at the end counts as dropped.
+func TestWritesFail(t *testing.T) {
+	out := &fullDisk{room: 300, fails: math.MaxInt} // two and a half
+	log := newLogger(&config{LogBuffer: 10, LogFormat: "json"}, out)
+	for range 5 {
+		log.process.Info("early", "server.address", "origin.test", "filler", "0123456789")
+	}
+	eventually(t, "a write to fail", func() bool { return out.calls.Load() > 0 && len(out.all()) == 300 })
+	eventually(t, "two records to be written", func() bool { written, _ := log.count(rank(slog.LevelInfo)); return written == 2 })
+	for range 20 {
+		log.process.Info("late")
+	}
+	if written, dropped := log.count(rank(slog.LevelInfo)); written != 2 || dropped != 13 {
+		t.Errorf("%d written, %d dropped", written, dropped)
+	}
+	before := out.calls.Load()
+	time.Sleep(250 * time.Millisecond)
+	if n := out.calls.Load() - before; n < 1 || n > 4 {
+		t.Errorf("%d attempts in a quarter of a second", n)
+	}
+	begun := time.Now()
+	log.close(patience)
+	written, dropped := log.count(rank(slog.LevelInfo))
+	if took := time.Since(begun); took > time.Second || written != 2 || dropped != 23 {
+		t.Errorf("closed in %v: %d written, %d dropped", took, written, dropped)
+	}
+}
+
 // Records of one connection share a decision: a connection whose opening is told of is one whose end is told of, too.
 func TestLogSampleSharesADecision(t *testing.T) {
 	if !apart(t) {
@@ -7118,7 +7310,7 @@ func TestCBOR(t *testing.T) {
 			}
 		}
 	}
-	for _, text := range []string{"1c", "ff", "f7", "40", "c074", "3bffffffffffffffff", "7f6161ff", "7bffffffffffffffff", "7a00200000", "a10102", "fb7ff8000000000000", strings.Repeat("81", 9) + "00"} {
+	for _, text := range []string{"1c", "1f", "3f", "ff", "f7", "40", "c074", "3bffffffffffffffff", "7f6161ff", "7bffffffffffffffff", "7a00200000", "a10102", "fb7ff8000000000000", strings.Repeat("81", 9) + "00"} {
 		data, _ := hex.DecodeString(text)
 		if got, err := appendJSON(nil, bufio.NewReader(bytes.NewReader(data)), 8); err == nil {
 			t.Errorf("%s: got %s", text, got)
@@ -7314,6 +7506,7 @@ func TestMetrics(t *testing.T) {
 		`dns_lookups_total{result="error"}`:                1,
 		`denied_total{reason="http_request_denied"}`:       2,
 		`denied_total{reason="destination_ip_prohibited"}`: 1,
+		`would_deny_total{reason="http_request_denied"}`:   0,
 		"panics_total":                                     0,
 		"ready":                                            1,
 		`log_records_total{level="info",result="sampled"}`: 4, // and two that are first contacts
@@ -7347,6 +7540,67 @@ func TestMetrics(t *testing.T) {
 	problems, err := promlint.New(strings.NewReader(text)).Lint()
 	if err != nil || len(problems) > 0 {
 		t.Errorf("promlint: %v, %v", problems, err)
+	}
+}
+
+// A request that is sent again, since the connection from the pool was dead, is one request, to its destination, too; it took two connections.
+func TestRequestsSentAgain(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("there is a pool on Linux only")
+	}
+	p, o := startProxy(t), startOrigin(t)
+	c := p.dial(t)
+	c.send("%s", o.fill(plainRequest))
+	up := o.accept()
+	up.head()
+	up.send(plainAnswer)
+	c.wants(plainGets)
+	p.awaitServed(t, 0)
+	c.send("%s", o.fill(plainRequest))
+	up.head()
+	up.Close()
+	up = o.accept()
+	up.head()
+	up.send(plainAnswer)
+	c.wants(plainGets)
+	p.awaitServed(t, 1)
+	series, _ := p.scrape(t)
+	for name, want := range map[string]float64{`pool_requests_total{result="reused"}`: 1, `pool_requests_total{result="dialled"}`: 2, `requests_total{code="200",method="GET",reason=""}`: 2} {
+		if got := series["sluice_"+name]; got != want {
+			t.Errorf("%s: got %v, want %v", name, got, want)
+		}
+	}
+	var s struct{ Destinations []visits }
+	if _, body := p.adminGet(t, "GET", "/status.json", p.admin); json.Unmarshal([]byte(body), &s) != nil || !slices.Equal(s.Destinations, []visits{{o.addr, 2}}) {
+		t.Errorf("destinations %v", s.Destinations)
+	}
+}
+
+// A client that left before it was told that its tunnel is open was not answered.
+func TestTunnelsThatNobodySaw(t *testing.T) {
+	s, o := testServer(t, "ALLOW_CIDRS=127.0.0.1"), startOrigin(t)
+	if s.openListeners(context.Background(), "127.0.0.1:0"); len(s.listeners) == 0 { // dialling needs what this finds out
+		t.Fatal("no listener")
+	}
+	for name, serve := range map[string]func(*exchange) *failure{"tunnel": (*exchange).tunnel, "flow": (*exchange).flow} {
+		l := startOrigin(t)
+		far := dialTCP(t, l.addr)
+		near := l.accept()
+		near.SetLinger(0)
+		near.Close()
+		far.Read(make([]byte, 1)) // the reset has come
+		c := &client{}
+		c.attach(s, far)
+		x, to := c.newExchange(), netip.MustParseAddrPort(o.addr)
+		x.method, x.connect, x.dst = []byte("CONNECT"), true, destination{[]byte(o.addr), []byte(o.addr)[:len("127.0.0.1")], to.Port(), to.Addr()}
+		f := serve(x)
+		if x.conclude(f); f == nil || f.token != tokenClient || x.status != 0 {
+			t.Errorf("%s: %v, status %d", name, f, x.status)
+		}
+		far.Close()
+	}
+	if n := total(s.metrics.requests.WithLabelValues("CONNECT", "0", tokenClient)); n != 2 {
+		t.Errorf("%v requests count as not answered, of 2", n)
 	}
 }
 
@@ -7447,6 +7701,31 @@ func TestAdminKeepsWebPagesOut(t *testing.T) {
 	for _, fields := range [][]string{{"Sec-Fetch-Site: cross-site"}, {"Origin: http://evil.example"}} {
 		if resp, _ := p.adminGet(t, "POST", "/drain", p.admin, append(fields, "Content-Length: 0")...); resp.StatusCode != 403 {
 			t.Errorf("%v: %s", fields, resp.Status)
+		}
+	}
+	for _, site := range []string{"cross-site", "same-site", "same-origin", "none"} {
+		for _, mode := range []string{"no-cors", "cors", "navigate"} {
+			for _, path := range []string{"/metrics", "/", "/status.json", "/debug/pprof/", "/debug/pprof/heap?gc=1"} {
+				want := 200
+				if strings.HasSuffix(site, "-site") && (mode != "navigate" || strings.HasPrefix(path, "/debug/")) {
+					want = 403
+				}
+				if resp, _ := p.adminGet(t, "GET", path, p.admin, "Sec-Fetch-Site: "+site, "Sec-Fetch-Mode: "+mode); resp.StatusCode != want {
+					t.Errorf("%s %s %s: %s, want %d", site, mode, path, resp.Status, want)
+				}
+			}
+		}
+	}
+	for request, want := range map[string]int{"POST 127.0.0.1:3129 browser": 200, "POST evil.example:3129 browser": 421, "POST proxy:3129 curl": 200, "GET proxy:3129 browser": 200} {
+		var method, host, from string
+		fmt.Sscan(request, &method, &host, &from)
+		inContainer := context.WithValue(t.Context(), http.LocalAddrContextKey, &net.TCPAddr{IP: net.IPv4(172, 17, 0, 2), Port: 3129}) // to which a port is published
+		r, w := httptest.NewRequestWithContext(inContainer, method, "http://"+host+"/drain", nil), httptest.NewRecorder()
+		if from == "browser" && method == "POST" {
+			r.Header.Set("Origin", "http://"+host)
+		}
+		if guard(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})).ServeHTTP(w, r); w.Code != want {
+			t.Errorf("%s: %d, want %d", request, w.Code, want)
 		}
 	}
 	if resp, _ := p.adminGet(t, "GET", "/readyz", p.admin); resp.StatusCode != 200 {
@@ -7600,6 +7879,29 @@ func TestStatusPage(t *testing.T) {
 	for _, outside := range []string{"http://", "https://", "src=", "@import", "url("} {
 		if text := strings.ReplaceAll(body, "http://www.w3.org/", ""); strings.Contains(text, outside) {
 			t.Errorf("the page has %q: it must not ask for anything outside", outside)
+		}
+	}
+}
+
+// A figure of the page and what stands below it tell of the same thing, and what audit mode lets through is not told of as denied.
+func TestStatusPageFigures(t *testing.T) {
+	p := startProxy(t, "MODE=audit", "ALLOW_HOSTS=origin.test")
+	o := startOrigin(t)
+	p.openTunnel(t, o)
+	c, origin := p.openTunnel(t, o)
+	c.Close()
+	origin.Close()
+	if resp, _ := p.dial(t).ask("GET", "http://10.0.0.1/"); resp.StatusCode != 403 {
+		t.Fatal(resp.Status)
+	}
+	p.awaitServed(t, 1)
+	_, shown, _ := strings.Cut(statusPage(t, "http://"+p.admin+"/"), "<main>")
+	shown, _, _ = strings.Cut(shown, "Top destinations")
+	shown = regexp.MustCompile("<[^>]*>").ReplaceAllString(shown, " ")
+	for _, want := range []string{`Requests\s+\S+\s+/s\s+1 since the start`, `New tunnels\s+\S+\s+/s\s+2 since the start`,
+		`Denied, by rule\s+destination_ip_prohibited\s+1\s`, `Let through in audit mode, else denied\s+http_request_denied\s+2\s`} {
+		if !regexp.MustCompile(want).MatchString(shown) {
+			t.Errorf("the page does not show %q: %s", want, shown)
 		}
 	}
 }
@@ -7887,6 +8189,29 @@ func TestDrainOfAnIdleProxy(t *testing.T) {
 }
 
 // TestDrainWithoutLimit: with DRAIN_TIMEOUT=0 the drain ends with the last request and tunnel, and cuts nothing.
+// As long as a drain takes, the status page's history goes on, and memory is watched.
+func TestDrainIsWatched(t *testing.T) {
+	before := debug.SetMemoryLimit(1 << 40) // without one there is nothing to watch
+	p := startProxy(t, "DRAIN_TIMEOUT=0")
+	watched := func() bool { return runtime.GOOS != "linux" || strings.Contains(stacks(), "watchMemory") }
+	eventually(t, "memory to be watched", watched)
+	debug.SetMemoryLimit(before)
+	c, origin := p.openTunnel(t, startOrigin(t))
+	took := p.draining(t)
+	begun := time.Now().Unix()
+	eventually(t, "samples of the time after the drain has begun", func() bool {
+		var s struct{ History []sample }
+		_, body := p.adminGet(t, "GET", "/status.json", p.admin)
+		return json.Unmarshal([]byte(body), &s) == nil && s.History[len(s.History)-1].Time > begun
+	})
+	if !watched() {
+		t.Error("memory is not watched")
+	}
+	c.Close()
+	origin.Close()
+	<-took
+}
+
 func TestDrainWithoutLimit(t *testing.T) {
 	p := startProxy(t, "DRAIN_TIMEOUT=0")
 	o, far := startOrigin(t), startOrigin(t)

@@ -463,12 +463,12 @@ func (w *wire) readWithin(now time.Time, limit time.Duration) {
 	o := &w.io
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if limit == 0 {
+	if o.until = now.Add(limit); limit == 0 {
 		o.until = time.Time{}
-		return
 	}
-	o.until = now.Add(limit)
-	if o.timer.IsZero() || o.until.Before(o.timer) || w.coded { // a stream that was told of the end of its time has ended
+	if w.coded { // a stream that was told of the end of its time has ended: the timer must not fire early
+		w.tcp.SetReadDeadline(o.until)
+	} else if limit != 0 && (o.timer.IsZero() || o.until.Before(o.timer)) {
 		o.timer = o.until
 		w.tcp.SetReadDeadline(o.timer)
 	}
@@ -493,7 +493,7 @@ func (w *wire) fill() error {
 		if w.w += n; n > 0 {
 			return nil
 		}
-		if !errors.Is(err, os.ErrDeadlineExceeded) || !w.firedEarly() {
+		if !errors.Is(err, os.ErrDeadlineExceeded) || w.coded || !w.firedEarly() {
 			return err
 		}
 	}

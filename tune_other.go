@@ -131,8 +131,10 @@ func (w *wire) write(limit time.Duration, a, b, c []byte) error {
 }
 
 func (w *wire) ask(limit time.Duration, p []byte) error {
-	if err := w.write(limit, p, nil, nil); err != nil {
-		return err
+	if len(p) > 0 {
+		if err := w.write(limit, p, nil, nil); err != nil {
+			return err
+		}
 	}
 	return w.fill()
 }
