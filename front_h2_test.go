@@ -19,6 +19,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -1551,7 +1552,7 @@ func TestHTTP2Refusals(t *testing.T) {
 		up := other.accept()
 		h.wantsTunnel(first)
 		h.wantsTunnel(second)
-		h.wantsRefusal(h.connect(o.addr), 503, tokenLimit)
+		h.wantsRefusal(h.connect(dead), 503, tokenLimit)
 		h.WriteRSTStream(first, http2.ErrCodeCancel)
 		p.recordFor(t, "tunnel", o.addr)
 		third := h.connect(o.addr)
@@ -2032,4 +2033,121 @@ func TestHTTP2ConnectionsAreCounted(t *testing.T) {
 	})
 	again := p.dialH2(t, nil)
 	again.wantsAlive()
+}
+
+// enterH2 connects a client of HTTP/2 to a server that a test has changed.
+func enterH2(t *testing.T, s *server) *rawH2 {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	p := &testProxy{addr: l.Addr().String()}
+	h := p.dialH2(t, nil)
+	far, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, f := s.newClient(far.(*net.TCPConn), netip.MustParseAddr("127.0.0.1"))
+	if f != nil {
+		t.Fatal(f)
+	}
+	go c.serve()
+	return h
+}
+
+// A panic ends the stream that it came on, and nothing else.
+func TestHTTP2Panic(t *testing.T) {
+	s := testServer(t, "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "NAME=sluice-test", "MAX_TUNNELS=5")
+	s.openListeners(context.Background(), "127.0.0.1:0") // shares descriptors out
+	if err := s.openFront(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	names := s.names
+	s.names = nil
+	h := enterH2(t, s)
+	for _, id := range []uint32{h.request("GET", "name.test", "/", true), h.connect("name.test:443"), h.request("POST", "name.test", "/", false)} {
+		stream := h.stream(id)
+		h.until("the end of the stream", func() bool { return stream.ended || stream.reset })
+		if !stream.reset && stream.statuses[0] != "500" {
+			t.Errorf("got %+v", *stream)
+		}
+	}
+	h.wantsAlive()
+	s.names = names
+	h.conn.Close()
+	s.serving.Wait()
+	if n := s.panics.Load(); n != 3 || s.limits.tunnels.used[struct{}{}] != 0 || s.limits.streams.used[struct{}{}] != 0 {
+		t.Errorf("%d panics, %d tunnels and %d streams are counted", n, s.limits.tunnels.used[struct{}{}], s.limits.streams.used[struct{}{}])
+	}
+}
+
+// What a head may hold is what HTTP/1.1's may; one that is a little larger is told so, one that is much larger as well.
+func TestHTTP2LargeHeads(t *testing.T) {
+	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
+		o, h := startOrigin(t), dial(t)
+		large := func(size int) (id uint32) { // in a HEADERS frame and as many CONTINUATIONs as it takes
+			h.block.Reset()
+			for _, f := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", o.addr}, {":path", "/"}, {"x-large", strings.Repeat("v", size)}} {
+				h.enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]})
+			}
+			id = h.nextID
+			h.nextID += 2
+			b := h.block.Bytes()
+			h.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: b[:10], EndStream: true})
+			for b = b[10:]; len(b) > 0; b = b[min(len(b), 16<<10):] {
+				h.WriteContinuation(id, len(b) <= 16<<10, b[:min(len(b), 16<<10)])
+			}
+			return id
+		}
+		id := large(60_000)
+		up := o.accept()
+		req, err := http.ReadRequest(up.br)
+		if err != nil || len(req.Header.Get("X-Large")) != 60_000 {
+			t.Fatalf("got %v, %v", req, err)
+		}
+		up.send(plainAnswer)
+		h.wants(id, 200, "hi")
+		h.wantsRefusal(large(70_000), 431, tokenRequest)
+		s := h.stream(large(200_000))
+		for h.read() && !s.ended && !s.reset && h.away == nil {
+		}
+		if s.ended && s.statuses[0] != "431" {
+			t.Errorf("got %+v", *s)
+		}
+	})
+}
+
+// What a client expects is answered when its body is wanted, and not where it is refused.
+func TestHTTP2Expect(t *testing.T) {
+	p := startProxy(t, "DENY_HOSTS=denied.test")
+	o, h := startOrigin(t), p.dialH2(t, nil)
+	if s := h.wantsRefusal(h.request("POST", "denied.test", "/", false, "expect", "100-continue"), 403, tokenDenied); len(s.statuses) != 1 {
+		t.Errorf("got %v", s.statuses)
+	}
+	id := h.request("POST", o.addr, "/", false, "expect", "100-continue", "content-length", "2")
+	s := h.stream(id)
+	up := o.accept()
+	h.until("100", func() bool { return len(s.statuses) > 0 || s.reset })
+	if s.statuses[0] != "100" {
+		t.Fatalf("got %+v", *s)
+	}
+	h.data(id, true, "hi")
+	up.head()
+	up.wants("hi")
+	up.send(plainAnswer)
+	h.wants(id, 200, "hi")
+}
+
+// A client's half of a stream that stays open after the answer costs nothing: the connection goes on.
+func TestHTTP2UploadsThatNobodyReads(t *testing.T) {
+	p := startProxy(t)
+	h := p.dialH2(t, nil)
+	for range 300 { // more than streams may be open, and more bytes than the connection's window
+		id := h.request("POST", "10.0.0.1", "/", false)
+		h.data(id, false, strings.Repeat("x", 8<<10))
+		h.wantsRefusal(id, 403, tokenProhibited)
+	}
+	h.wantsAlive()
 }
