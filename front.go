@@ -903,8 +903,13 @@ func (m *muxed) tooSlow() {
 	}
 }
 
-// SetWriteDeadline is no need: every write has the same limit.
-func (m *muxed) SetWriteDeadline(t time.Time) error { return nil }
+// SetWriteDeadline takes note that a write may take any time, as in a tunnel; else every write has the same limit.
+func (m *muxed) SetWriteDeadline(t time.Time) error {
+	if t.IsZero() {
+		m.limit = 0
+	}
+	return nil
+}
 
 func (m *muxed) SetReadDeadline(t time.Time) error {
 	m.mu.Lock()

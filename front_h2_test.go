@@ -1638,6 +1638,7 @@ func TestHTTP2Timeouts(t *testing.T) {
 		return
 	}
 	p := startProxy(t, "BODY_TIMEOUT=250ms", "RESPONSE_TIMEOUT=250ms", "TUNNEL_IDLE_TIMEOUT=250ms", "TUNNEL_HALF_CLOSE_TIMEOUT=100ms", "HEADER_TIMEOUT=300ms", "IDLE_TIMEOUT=400ms")
+	patient := startProxy(t, "BODY_TIMEOUT=250ms")
 	start := func(t *testing.T, settings ...http2.Setting) (*testOrigin, *rawH2, func()) {
 		t.Parallel()
 		o, h, begun := originFor(t, t), p.dialH2(t, nil, settings...), time.Now()
@@ -1729,6 +1730,17 @@ func TestHTTP2Timeouts(t *testing.T) {
 		up.send("hi")
 		h.wantsReset(id)
 		timely()
+	})
+	t.Run("a tunnel whose client pauses", func(t *testing.T) { // BODY_TIMEOUT is not for it
+		t.Parallel()
+		o, h := originFor(t, t), patient.dialH2(t, nil, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+		id := h.connect(o.addr)
+		up := o.accept()
+		h.wantsTunnel(id)
+		up.send("hi")
+		time.Sleep(500 * time.Millisecond)
+		h.WriteWindowUpdate(id, 100)
+		h.wantsBody(id, "hi")
 	})
 	t.Run("a refusal that is not taken", func(t *testing.T) {
 		_, h, timely := start(t, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
