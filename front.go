@@ -650,7 +650,7 @@ func (m *muxed) head(cfg *config) ([]byte, *failure) {
 			lines++
 		}
 	}
-	if b = append(b, "\r\n"...); bytes.Count(b, []byte{'\n'}) != lines || len(r.Header["Transfer-Encoding"])+len(r.Header["Connection"])+len(r.Header["Upgrade"]) > 0 {
+	if b = append(b, "\r\n"...); bytes.Count(b, []byte{'\n'}) != lines || len(r.Header["Transfer-Encoding"])+len(r.Header["Connection"])+len(r.Header["Upgrade"]) > 0 || len(r.Header["Host"]) > 1 {
 		return nil, fail(400, tokenRequest, "a field is not one of HTTP/%s", m.version)
 	}
 	return b, nil
