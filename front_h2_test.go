@@ -702,6 +702,22 @@ func TestHTTP1OverTLS(t *testing.T) {
 		up.send("0\r\nX-End: 2\r\n\r\n")
 		c.wants("0\r\nX-End: 2\r\n\r\n")
 	})
+	t.Run("WebSocket", func(t *testing.T) {
+		o := originFor(t, t)
+		c := p.dialTLS(t, a.trusting())
+		const fields = "Connection: Upgrade\r\nUpgrade: websocket\r\n"
+		c.send("%s", o.fill("GET http://{o}/ HTTP/1.1\r\nHost: {o}\r\n"+fields+"\r\n"))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 101 Switching Protocols\r\n" + fields + "\r\nfirst")
+		c.wants("HTTP/1.1 101 Switching Protocols\r\n" + viaOne + fields + "\r\nfirst")
+		c.send("second")
+		up.wants("second")
+		c.CloseWrite()
+		up.wantsEnd()
+		up.Close()
+		wantsFields(t, p.recordFor(t, "request", o.addr), map[string]any{"close_reason": "client_closed", "http.response.status_code": 101.})
+	})
 	t.Run("large bodies", func(t *testing.T) {
 		echo := startEcho(t)
 		data, sum := random(7, 3<<20)
@@ -940,6 +956,22 @@ func TestTLSTimeouts(t *testing.T) {
 			t.Errorf("got %s", resp.Status)
 		}
 		c.wantsEnd(true)
+	})
+	t.Run("a client that does not read", func(t *testing.T) {
+		p := startProxy(t, a.vars("BODY_TIMEOUT=200ms")...)
+		o := originFor(t, t)
+		c := p.dialTLS(t, a.trusting())
+		c.send("%s", o.fill(plainRequest))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", 64<<20)
+		up.sending(make([]byte, 64<<20), true)
+		p.recordFor(t, "request", o.addr)
+		begun := time.Now()
+		eventually(t, "the connection's end", func() bool { return p.metric(t, "sluice_client_connections") == 0 })
+		if took := time.Since(begun); took > 2*time.Second {
+			t.Errorf("the connection was kept for another %v", took)
+		}
 	})
 }
 
