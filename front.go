@@ -653,7 +653,7 @@ func (m *muxed) head(cfg *config) ([]byte, *failure) {
 			lines++
 		}
 	}
-	if b = append(b, "\r\n"...); bytes.Count(b, []byte{'\n'}) != lines || len(r.Header["Transfer-Encoding"])+len(r.Header["Connection"])+len(r.Header["Upgrade"]) > 0 {
+	if b = append(b, "\r\n"...); bytes.Count(b, []byte{'\n'}) != lines || len(r.Header["Transfer-Encoding"])+len(r.Header["Connection"])+len(r.Header["Upgrade"]) > 0 || len(r.Header["Host"]) > 1 {
 		return nil, fail(400, tokenRequest, "a field is not one of HTTP/%s", m.version)
 	}
 	return b, nil
@@ -906,8 +906,13 @@ func (m *muxed) tooSlow() {
 	}
 }
 
-// SetWriteDeadline is no need: every write has the same limit.
-func (m *muxed) SetWriteDeadline(t time.Time) error { return nil }
+// SetWriteDeadline takes note that a write may take any time, as in a tunnel; else every write has the same limit.
+func (m *muxed) SetWriteDeadline(t time.Time) error {
+	if t.IsZero() {
+		m.limit = 0
+	}
+	return nil
+}
 
 func (m *muxed) SetReadDeadline(t time.Time) error {
 	m.mu.Lock()
