@@ -75,7 +75,7 @@ func (s *server) openFront(ctx context.Context) error {
 	f.handed, f.closed = make(chan net.Conn), make(chan struct{})
 	f.h2 = &http.Server{Handler: http.HandlerFunc(s.serveStream), ErrorLog: quiet, MaxHeaderBytes: most, IdleTimeout: cfg.IdleTimeout,
 		DisableGeneralOptionsHandler: true, Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerStream: s.window() / 4,
-			MaxReceiveBufferPerConnection: s.window(), WriteByteTimeout: cfg.BodyTimeout}}
+			MaxReceiveBufferPerConnection: s.window(), MaxReadFrameSize: 16 << 10 /* a connection keeps the largest */, WriteByteTimeout: cfg.BodyTimeout}}
 	f.h2.Protocols.SetHTTP2(true)
 	f.h2.Protocols.SetUnencryptedHTTP2(true)
 	s.run(&s.behind, func() { f.h2.Serve(handover{f, new(sync.Once)}) })
