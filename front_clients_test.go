@@ -161,16 +161,7 @@ func TestBodyThatHasNoRoom(t *testing.T) {
 				io.WriteString(w, strings.Repeat("x", size))
 			})
 			p := startProxy(t, "BODY_TIMEOUT=300ms")
-			c := p.dial(t)
-			c.send(http2.ClientPreface)
-			frames := http2.NewFramer(c, c)
-			frames.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
-			var block bytes.Buffer
-			fields := hpack.NewEncoder(&block)
-			for _, f := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", origin}, {":path", "/"}} {
-				fields.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]})
-			}
-			frames.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true})
+			frames := getInFrames(p.dial(t), origin, 0)
 			for began, seen := time.Now(), ""; ; {
 				f, err := frames.ReadFrame()
 				if err != nil {
@@ -188,4 +179,57 @@ func TestBodyThatHasNoRoom(t *testing.T) {
 			}
 		})
 	}
+}
+
+// getInFrames asks for the origin's / in a stream that has a window of so many bytes, as has the connection, if that is more than it
+// has anyway.
+func getInFrames(c *peer, origin string, window uint32) *http2.Framer {
+	c.t.Helper()
+	c.send(http2.ClientPreface)
+	frames := http2.NewFramer(c, c)
+	frames.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: window})
+	if window > 1<<16 {
+		frames.WriteWindowUpdate(0, window-1<<16)
+	}
+	var block bytes.Buffer
+	fields := hpack.NewEncoder(&block)
+	for _, f := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", origin}, {":path", "/"}} {
+		fields.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]})
+	}
+	frames.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true})
+	return frames
+}
+
+// A client that takes nothing of what its windows have room for loses the stream after BODY_TIMEOUT, and its connection as an idle one; one
+// that takes it slowly keeps both.
+func TestReadersOfFrames(t *testing.T) {
+	origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, _ *http.Request) {
+		for part := strings.Repeat("x", 1<<20); ; {
+			if _, err := io.WriteString(w, part); err != nil {
+				return
+			}
+		}
+	})
+	t.Run("stalled", func(t *testing.T) {
+		p := startProxy(t, "BODY_TIMEOUT=300ms", "IDLE_TIMEOUT=1s")
+		c := p.dial(t)
+		c.SetReadBuffer(4 << 10)
+		getInFrames(c, origin, 1<<30)
+		if r := p.log.await(t, "request", 1); r["duration_ms"].(float64) < 250 || r["error.type"] == nil {
+			t.Errorf("%v", r)
+		}
+		p.log.await(t, "client closed", 1)
+	})
+	t.Run("slow", func(t *testing.T) {
+		p := startProxy(t, "BODY_TIMEOUT=300ms")
+		c := p.dial(t)
+		c.SetReadBuffer(16 << 10)
+		getInFrames(c, origin, 1<<30)
+		part := make([]byte, 32<<10)
+		for began := time.Now(); time.Since(began) < 2*time.Second; time.Sleep(50 * time.Millisecond) {
+			if _, err := io.ReadFull(c, part); err != nil {
+				t.Fatalf("%v after %v", err, time.Since(began))
+			}
+		}
+	})
 }
