@@ -26,6 +26,7 @@ import (
 	"net/textproto"
 	"net/url"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -75,7 +76,7 @@ func (s *server) openFront(ctx context.Context) error {
 	f.handed, f.closed = make(chan net.Conn), make(chan struct{})
 	f.h2 = &http.Server{Handler: http.HandlerFunc(s.serveStream), ErrorLog: quiet, MaxHeaderBytes: most, IdleTimeout: cfg.IdleTimeout,
 		DisableGeneralOptionsHandler: true, Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerStream: s.window() / 4,
-			MaxReceiveBufferPerConnection: s.window(), WriteByteTimeout: cfg.BodyTimeout}}
+			MaxReceiveBufferPerConnection: s.window(), MaxReadFrameSize: 16 << 10 /* a connection keeps the largest */}}
 	f.h2.Protocols.SetHTTP2(true)
 	f.h2.Protocols.SetUnencryptedHTTP2(true)
 	s.run(&s.behind, func() { f.h2.Serve(handover{f, new(sync.Once)}) })
@@ -174,6 +175,11 @@ func (c *client) handOver(conn net.Conn) {
 	c.over, c.detached = true, true
 	c.srv.watcher.remove(&c.watch)
 	conn.SetDeadline(time.Time{})
+	if t, ok := conn.(*tls.Conn); ok {
+		t.NetConn().(*netConn).gather()
+	} else {
+		conn.(*netConn).gather()
+	}
 	select {
 	case c.srv.front.handed <- conn:
 	case <-c.srv.front.closed:
@@ -203,27 +209,147 @@ func (l handover) Close() error {
 
 func (l handover) Addr() net.Addr { return &net.TCPAddr{} }
 
-// netConn is a client's socket for libraries. early was read before they came.
+// netConn is a client's socket for libraries. early was read before they ask for it.
+//
+// What HTTP/2's server writes is gathered while other goroutines run that may have more: it writes each frame on its own, and a system
+// call for each would be a third of what a stream costs.
 type netConn struct {
 	stream
 	c     *client
 	early []byte
+	ahead [512]byte // net/http asks for the nine bytes that a frame begins with, which are not worth a system call
 	once  sync.Once
+
+	gathers bool       // HTTP/2's server has it
+	mu      sync.Mutex // guards what follows
+	room    sync.Cond
+	waiting []byte // to be sent; in a buffer of gathered, nil = none
+	sending bool   // send runs
+	closing bool   // the connection ends when all is sent
+	err     error
 }
+
+// gatherSize is how much may wait to be sent.
+const gatherSize = 64 << 10
+
+var gathered = sync.Pool{New: func() any { return new([gatherSize]byte) }}
 
 func (n *netConn) Read(p []byte) (int, error) {
-	if len(n.early) > 0 {
-		k := copy(p, n.early)
-		n.early = n.early[k:]
-		return k, nil
+	if len(n.early) == 0 {
+		if len(p) >= len(n.ahead) {
+			return n.stream.Read(p)
+		}
+		k, err := n.stream.Read(n.ahead[:])
+		if k <= 0 {
+			return k, err
+		}
+		n.early = n.ahead[:k] // an error comes again
 	}
-	return n.stream.Read(p)
+	k := copy(p, n.early)
+	n.early = n.early[k:]
+	return k, nil
 }
 
-// Close is called where the library owns the client.
+// gather has what is written from now on gathered.
+func (n *netConn) gather() { n.room.L, n.gathers = &n.mu, true }
+
+func (n *netConn) Write(p []byte) (size int, err error) {
+	if !n.gathers {
+		return n.stream.Write(p)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for n.err == nil && !n.closing {
+		if n.waiting == nil {
+			n.waiting = gathered.Get().(*[gatherSize]byte)[:0]
+		}
+		k := min(len(p)-size, cap(n.waiting)-len(n.waiting))
+		n.waiting = append(n.waiting, p[size:size+k]...)
+		if !n.sending {
+			n.sending = true
+			go n.send()
+		}
+		if size += k; size == len(p) {
+			return size, nil
+		}
+		n.room.Wait()
+	}
+	return size, cmp.Or(n.err, net.ErrClosed)
+}
+
+// send sends what was gathered, until there is no more.
+func (n *netConn) send() {
+	for {
+		runtime.Gosched() // to who may have more
+		n.mu.Lock()
+		if len(n.waiting) == 0 {
+			break
+		}
+		p := n.waiting
+		n.waiting = nil
+		n.room.Broadcast()
+		n.mu.Unlock()
+		err := n.sendAll(p)
+		gathered.Put((*[gatherSize]byte)(p[:gatherSize]))
+		if err != nil {
+			n.stream.Close() // which who reads finds
+			n.mu.Lock()
+			n.err = err
+			break
+		}
+	}
+	if n.waiting != nil {
+		gathered.Put((*[gatherSize]byte)(n.waiting[:gatherSize]))
+		n.waiting = nil
+	}
+	n.sending = false
+	n.room.Broadcast()
+	closing := n.closing
+	n.mu.Unlock()
+	if closing {
+		n.once.Do(n.c.end)
+	}
+}
+
+// sendAll sends p, unless the client takes nothing for too long.
+func (n *netConn) sendAll(p []byte) error {
+	for {
+		n.mu.Lock()
+		limit := n.c.srv.cfg.BodyTimeout
+		if n.closing {
+			limit = time.Second
+		}
+		n.stream.SetWriteDeadline(deadline(limit))
+		n.mu.Unlock()
+		k, err := n.stream.Write(p)
+		if p = p[max(k, 0):]; err == nil || k <= 0 {
+			return err
+		}
+	}
+}
+
+// Close is called where the library owns the client. What is being sent has a second.
 func (n *netConn) Close() error {
-	n.once.Do(n.c.end)
+	n.mu.Lock()
+	n.closing = true
+	sending := n.sending
+	if sending {
+		n.stream.SetWriteDeadline(deadline(time.Second))
+		n.room.Broadcast()
+	}
+	n.mu.Unlock()
+	if !sending {
+		n.once.Do(n.c.end)
+	}
 	return nil
+}
+
+// SetWriteDeadline is no need where sendAll sets them.
+func (n *netConn) SetWriteDeadline(t time.Time) error {
+	if n.gathers {
+		return nil
+	}
+	return n.stream.SetWriteDeadline(t)
 }
 
 func (n *netConn) LocalAddr() net.Addr { return &net.TCPAddr{} }
