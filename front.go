@@ -75,7 +75,7 @@ func (s *server) openFront(ctx context.Context) error {
 	most := 2 * int(cfg.MaxHeader)                                       // what is too large but not by much gets an answer that says so, and a record
 	f.handed, f.closed = make(chan net.Conn), make(chan struct{})
 	f.h2 = &http.Server{Handler: http.HandlerFunc(s.serveStream), ErrorLog: quiet, MaxHeaderBytes: most, IdleTimeout: cfg.IdleTimeout,
-		DisableGeneralOptionsHandler: true, Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerStream: s.window() / 4,
+		DisableGeneralOptionsHandler: true, Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerStream: s.window() / 16,
 			MaxReceiveBufferPerConnection: s.window(), MaxReadFrameSize: 16 << 10 /* a connection keeps the largest */}}
 	f.h2.Protocols.SetHTTP2(true)
 	f.h2.Protocols.SetUnencryptedHTTP2(true)
@@ -99,9 +99,10 @@ func (s *server) openFront(ctx context.Context) error {
 // maxStreams is how many streams a connection may have open.
 const maxStreams = 250
 
-// window is how many bytes of requests a connection may have on the way that their origins have not taken: they are held in memory.
+// window is how many bytes of requests a connection may have on the way that their origins have not taken: they are held in memory. A
+// stream may have a sixteenth, so that those of origins which take nothing leave something to the others.
 func (s *server) window() int {
-	return int(max(4*(64<<10), min(1<<20, debug.SetMemoryLimit(-1)/256)))
+	return int(max(256<<10, min(2<<20, debug.SetMemoryLimit(-1)/256)))
 }
 
 // drain tells clients that their connections take no more streams (GOAWAY); those that are open go on.
@@ -1537,7 +1538,7 @@ func (s *server) listenQUIC(addr netip.AddrPort) (*quic.Listener, error) {
 	s.front.udp = append(s.front.udp, t)
 	return t.Listen(http3.ConfigureTLSConfig(s.front.identity.config()), &quic.Config{EnableDatagrams: true, HandshakeIdleTimeout: s.cfg.HeaderTimeout,
 		MaxIncomingStreams: maxStreams, MaxIncomingUniStreams: 8, MaxIdleTimeout: time.Minute, KeepAlivePeriod: 20 * time.Second, // for tunnels; finds the dead
-		InitialStreamReceiveWindow: uint64(s.window() / 4), MaxStreamReceiveWindow: uint64(s.window() / 4),
+		InitialStreamReceiveWindow: uint64(s.window() / 16), MaxStreamReceiveWindow: uint64(s.window() / 16),
 		InitialConnectionReceiveWindow: uint64(s.window()), MaxConnectionReceiveWindow: uint64(s.window())})
 }
 

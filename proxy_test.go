@@ -78,6 +78,7 @@ func TestMain(m *testing.M) {
 	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		l.Close()
 	}
+	originPort.Store(uint32(time.Now().UnixNano()))
 	flag.Parse()
 	flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))) // what runs beside others mostly waits
 	binaries, _ = os.MkdirTemp("", "sluice-test")
@@ -313,13 +314,19 @@ type testOrigin struct {
 
 func startOrigin(t *testing.T) *testOrigin {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", 10_000+originPort.Add(1)%22_000))
+		if err == nil {
+			t.Cleanup(func() { l.Close() })
+			return &testOrigin{l, t, l.Addr().String()}
+		}
 	}
-	t.Cleanup(func() { l.Close() })
-	return &testOrigin{l, t, l.Addr().String()}
+	t.Fatal("no port for an origin")
+	return nil
 }
+
+// originPort counts ports, below those that the kernel chooses: it may give one again, and records are found by the port.
+var originPort atomic.Uint32
 
 // accept waits for the proxy's next connection.
 func (o *testOrigin) accept() *peer {
