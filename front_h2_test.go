@@ -424,12 +424,13 @@ func bothH2(t *testing.T, test func(t *testing.T, p *testProxy, dial func(t *tes
 
 // throughH2 is a client that sends its http requests to the proxy over HTTP/2.
 func (p *testProxy) throughH2(t *testing.T, conf *tls.Config) *http.Client {
-	transport := &http2.Transport{AllowHTTP: true, DialTLSContext: func(ctx context.Context, network, _ string, _ *tls.Config) (net.Conn, error) {
+	transport := &http.Transport{Protocols: new(http.Protocols), DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
 		if conf == nil {
 			return net.Dial(network, p.addr)
 		}
 		return (&tls.Dialer{Config: conf}).DialContext(ctx, network, p.addr)
 	}}
+	transport.Protocols.SetUnencryptedHTTP2(true) // whatever the connection goes through
 	t.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport, Timeout: 2 * patience}
 }

@@ -733,6 +733,7 @@ type client struct {
 	detached bool         // a tunnel has taken over
 	held     atomic.Int32 // by the connection, and by each of its streams
 	lingers  bool         // the end is made with care, since unread bytes are about
+	broken   bool         // the last response has not come to its end
 	settled  bool         // it speaks HTTP/1
 	conn     *client      // carries this one, a stream of HTTP/2 or 3; nil = this is a connection
 	name     string       // in its certificate
@@ -800,7 +801,7 @@ func (c *client) serve() {
 	}
 	if !parked && c.lingers {
 		c.linger()
-	} else if !parked && c.coded && !c.detached {
+	} else if !parked && c.coded && !c.detached && !c.broken {
 		c.tcp.CloseWrite() // TLS tells of the end
 	}
 }
@@ -816,7 +817,7 @@ func (c *client) finish(x *exchange) {
 	if x.serve(); c.detached {
 		return
 	}
-	c.over, c.lingers = !x.keep, x.lingers && !x.truncated
+	c.over, c.broken, c.lingers = !x.keep, x.broken, x.lingers && !x.truncated
 	c.now, c.under = x.end, nil
 	c.srv.exchanges.Put(x)
 }
