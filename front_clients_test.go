@@ -155,6 +155,9 @@ func colourOf(t *testing.T, picture string) color.Color {
 // A client that grants no room for an answer's body is not waited for longer than BODY_TIMEOUT, however small the body is: what the
 // library holds back until the handler has returned is not forgotten.
 func TestBodyThatHasNoRoom(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	for _, size := range []int{1, 100, 4000, 5000, 100_000} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, _ *http.Request) {
@@ -203,6 +206,9 @@ func getInFrames(c *peer, origin string, window uint32) *http2.Framer {
 // A client that takes nothing of what its windows have room for loses the stream after BODY_TIMEOUT, and its connection as an idle one; one
 // that takes it slowly keeps both.
 func TestReadersOfFrames(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, _ *http.Request) {
 		for part := strings.Repeat("x", 1<<20); ; {
 			if _, err := io.WriteString(w, part); err != nil {

@@ -1259,6 +1259,9 @@ func TestHTTP2BigBodies(t *testing.T) {
 
 // Who reads slowly holds up who sends: the proxy holds no more than windows and the kernel's buffers do.
 func TestHTTP2BackPressure(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
 		const much = 64 << 20
 		t.Run("of the client", func(t *testing.T) {
@@ -1297,6 +1300,9 @@ func TestHTTP2BackPressure(t *testing.T) {
 
 // What an origin did not finish has no end on its stream, and what a client gave up is given up.
 func TestHTTP2Ends(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
 		h := dial(t)
 		for name, answer := range map[string]string{
@@ -2072,6 +2078,9 @@ func TestHTTP2Drain(t *testing.T) {
 
 // Connections of HTTP/2 count as what they are: one, whatever number of streams they carry.
 func TestHTTP2ConnectionsAreCounted(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "MAX_CONNS=1")
 	h := p.dialH2(t, nil)
 	for range 3 {
@@ -2136,6 +2145,9 @@ func TestHTTP2Panic(t *testing.T) {
 
 // What a head may hold is what HTTP/1.1's may; one that is a little larger is told so, one that is much larger as well.
 func TestHTTP2LargeHeads(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
 		o, h := startOrigin(t), dial(t)
 		large := func(size int) (id uint32) { // in a HEADERS frame and as many CONTINUATIONs as it takes

@@ -474,6 +474,9 @@ var _ = []any{bytes.Equal, sha1.Sum, base64.StdEncoding, netip.AddrPort{}, os.Ar
 
 // What one side does not take is not held for it; when it does, everything is there.
 func TestH3BackPressure(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p, o := startH3Proxy(t), startOrigin(t)
 	client := p.dialH3(t)
 	data := noise(8<<20, 1)
@@ -623,6 +626,9 @@ func TestH3EarlyAnswer(t *testing.T) {
 
 // Limits of bodies are those of HTTP/1.
 func TestH3BodyLimits(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startH3Proxy(t, "MAX_REQUEST_BODY=1000", "MAX_RESPONSE_BODY=50000", "BODY_TIMEOUT=150ms")
 	client := p.dialH3(t)
 	open := func(t *testing.T, path string, body string) (*h3Stream, *peer) {
@@ -951,6 +957,9 @@ func TestH3ManyTunnels(t *testing.T) {
 
 // What a tunnel's end does not take is not read from the other.
 func TestH3TunnelBackPressure(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p, o := startH3Proxy(t), startOrigin(t)
 	s := p.dialH3(t).connect(o.addr)
 	origin := o.accept()
@@ -1904,6 +1913,9 @@ func TestH3HandshakeFlood(t *testing.T) {
 // Drain
 
 func TestH3Drain(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p, o, u := startH3Proxy(t, "DRAIN_TIMEOUT=800ms"), startOrigin(t), startUDP(t)
 	client := p.dialH3(t)
 	s := client.open(h3Request("GET", o.addr, "/", ""))
@@ -1950,6 +1962,9 @@ func TestH3Drain(t *testing.T) {
 
 // The drain does not wait for a client that stays though nothing runs.
 func TestH3DrainIdle(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startH3Proxy(t, "DRAIN_TIMEOUT=4s")
 	conn, err := p.dialQUIC(t) // nobody heeds GOAWAY on it
 	if err != nil {

@@ -80,7 +80,7 @@ func TestMain(m *testing.M) {
 	}
 	originPort.Store(uint32(time.Now().UnixNano()))
 	flag.Parse()
-	flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))) // what runs beside others mostly waits
+	flag.Set("test.parallel", strconv.Itoa(3*runtime.GOMAXPROCS(0))) // what runs beside others mostly waits
 	binaries, _ = os.MkdirTemp("", "sluice-test")
 	status := m.Run()
 	os.RemoveAll(binaries)
@@ -1934,6 +1934,9 @@ func TestUnknownUsersTakeAsLong(t *testing.T) {
 
 // MODE=audit lets pass what the rules about hosts and ports deny, says so once per destination, and lets nothing else pass.
 func TestAudit(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	origin, dns := startOrigin(t), startDNS(t)
 	_, port, _ := net.SplitHostPort(origin.addr)
 	for name, addr := range map[string]string{"good.test": "127.0.0.1", "bad.test": "127.0.0.1", "unlisted.test": "127.0.0.1", "inner.test": "127.0.0.7", "there.test": "127.0.0.2"} {
@@ -3310,6 +3313,9 @@ func TestResolversFail(t *testing.T) {
 // Dialling
 
 func TestDialTimeout(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	addr := freeAddr(t)
 	blackHole(t, addr)
 	p := startProxy(t, "DIAL_TIMEOUT=200ms")
@@ -5413,6 +5419,9 @@ func TestTunnelsOutliveOtherLimits(t *testing.T) {
 
 // A half-close begins a wait of its own, however long the tunnel was quiet before.
 func TestHalfCloseAfterQuiet(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "TUNNEL_HALF_CLOSE_TIMEOUT=400ms")
 	c, up := p.openTunnel(t, startOrigin(t))
 	time.Sleep(600 * time.Millisecond) // longer than that wait
@@ -5595,6 +5604,9 @@ func TestIPv6ClientsAreCountedByPrefix(t *testing.T) {
 // MAX_TUNNELS counts WebSockets too, and nothing that has come to nothing.
 // RATE is by client address, not by connection; a refusal says when to come again and costs no connection.
 func TestRate(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	origin := serveAt(t, "127.0.0.1:0", nil)
 	p := startProxy(t, "RATE=2", "RATE_BURST=3", "DENY_HOSTS=denied.test")
 	first, second := p.dial(t), p.dial(t)
@@ -5741,6 +5753,9 @@ func TestPanic(t *testing.T) {
 
 // So is one of the goroutine that sends a request's body; what the request held is free again.
 func TestPanicOfUpload(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	s := testServer(t, "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "NAME=sluice-test", "MAX_CONNS_PER_HOST=1")
 	s.openListeners(context.Background(), "127.0.0.1:0") // shares descriptors out
 	fresh := s.exchanges.New
@@ -5915,6 +5930,9 @@ func TestPoolGivesDescriptorsBack(t *testing.T) {
 
 // RESPONSE_TIMEOUT begins when the request is sent on, not when its head began to come.
 func TestSlowHeadLeavesResponseItsTime(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	o := startOrigin(t)
 	p := startProxy(t, "RESPONSE_TIMEOUT=500ms")
 	c := p.dial(t)
@@ -6613,6 +6631,9 @@ func TestNameFailures(t *testing.T) {
 
 // TestDraining serves what has begun when the drain's grace is over, and opens no more tunnels then.
 func TestDraining(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "DRAIN_TIMEOUT=5s")
 	o := startOrigin(t)
 	c, tunnel := p.dial(t), p.dial(t)
@@ -8134,6 +8155,9 @@ func TestRestartLosesNothing(t *testing.T) {
 }
 
 func TestDrainCutsWhatIsLeft(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	const limit = 700 * time.Millisecond
 	p := startProxy(t, "DRAIN_TIMEOUT="+limit.String())
 	o, hanging := startOrigin(t), startOrigin(t)
@@ -8198,6 +8222,9 @@ func TestDrainOfAnIdleProxy(t *testing.T) {
 // TestDrainWithoutLimit: with DRAIN_TIMEOUT=0 the drain ends with the last request and tunnel, and cuts nothing.
 // As long as a drain takes, the status page's history goes on, and memory is watched.
 func TestDrainIsWatched(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	before := debug.SetMemoryLimit(1 << 40) // without one there is nothing to watch
 	p := startProxy(t, "DRAIN_TIMEOUT=0")
 	watched := func() bool { return runtime.GOOS != "linux" || strings.Contains(stacks(), "watchMemory") }
@@ -8220,6 +8247,9 @@ func TestDrainIsWatched(t *testing.T) {
 }
 
 func TestDrainWithoutLimit(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	p := startProxy(t, "DRAIN_TIMEOUT=0")
 	o, far := startOrigin(t), startOrigin(t)
 	c := p.dial(t)
