@@ -2214,3 +2214,42 @@ func TestHTTP2UploadsThatNobodyReads(t *testing.T) {
 	}
 	h.wantsAlive()
 }
+
+// A stream that is read as an HTTP/1.1 message is read as what it said: its method, its host, its path, its field and no other.
+func FuzzStream(f *testing.F) {
+	f.Add("GET", "a.example", "/b?c", "Accept", "*/*")
+	f.Add("OPTIONS", "a.example:80", "*", "X-A", "a, b")
+	f.Add("CONNECT", "[::1]:443", "[::1]:443", "Cookie", "a=b; c=d")
+	f.Add("GET", "a.example", "/ HTTP/1.1\r\nHost: b.example", "X", "y\r\nZ: z")
+	f.Add("GET", "a.example", "@b.example/", "X: y\r\nZ", "z")
+	cfg, _, err := loadConfig(nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	s := &server{hop: []byte("fuzz\r\n"), cfg: cfg}
+	f.Fuzz(func(t *testing.T, method, host, path, name, value string) {
+		m := &muxed{r: &http.Request{Method: method, Host: host, RequestURI: path, Header: http.Header{name: {value}}, Body: http.NoBody}, version: "2"}
+		head, refused := m.head(cfg)
+		if refused != nil {
+			return
+		}
+		c := &client{}
+		c.srv = s
+		x := &exchange{summary: summary{srv: s}}
+		x.begin(c)
+		if x.parse(head) != nil {
+			return
+		}
+		target := path
+		if method == "CONNECT" || path == "*" {
+			target = ""
+		}
+		fields := 2
+		if name == "Host" || name == ":protocol" {
+			fields = 1
+		}
+		if string(x.method) != method || string(x.auth) != host || string(x.target) != target || len(x.req.fields) != fields {
+			t.Fatalf("%q was read as %q %q %q with %d fields", head, x.method, x.auth, x.target, len(x.req.fields))
+		}
+	})
+}
