@@ -75,7 +75,7 @@ func (s *server) openFront(ctx context.Context) error {
 	most := 2 * int(cfg.MaxHeader)                                       // what is too large but not by much gets an answer that says so, and a record
 	f.handed, f.closed = make(chan net.Conn), make(chan struct{})
 	f.h2 = &http.Server{Handler: http.HandlerFunc(s.serveStream), ErrorLog: quiet, MaxHeaderBytes: most, IdleTimeout: cfg.IdleTimeout,
-		DisableGeneralOptionsHandler: true, Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerStream: s.window() / 16,
+		DisableGeneralOptionsHandler: true, Protocols: new(http.Protocols), ConnContext: carrierOf, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: s.streamsEach(), MaxReceiveBufferPerStream: s.streamWindow(),
 			MaxReceiveBufferPerConnection: s.window(), MaxReadFrameSize: 16 << 10 /* a connection keeps the largest */}}
 	f.h2.Protocols.SetHTTP2(true)
 	f.h2.Protocols.SetUnencryptedHTTP2(true)
@@ -99,11 +99,21 @@ func (s *server) openFront(ctx context.Context) error {
 // maxStreams is how many streams a connection may have open.
 const maxStreams = 250
 
+// streamsEach is that number where descriptors or memory are enough for few: net/http makes much of each before it is asked for.
+func (s *server) streamsEach() int {
+	if s.limits.most == 0 {
+		return maxStreams
+	}
+	return int(max(16, min(maxStreams, s.limits.most/32)))
+}
+
 // window is how many bytes of requests a connection may have on the way that their origins have not taken: they are held in memory. A
 // stream may have a sixteenth, so that those of origins which take nothing leave something to the others.
 func (s *server) window() int {
-	return int(max(256<<10, min(2<<20, debug.SetMemoryLimit(-1)/256)))
+	return int(max(64<<10, min(2<<20, debug.SetMemoryLimit(-1)/1024)))
 }
+
+func (s *server) streamWindow() int { return max(32<<10, s.window()/16) }
 
 // drain tells clients that their connections take no more streams (GOAWAY); those that are open go on.
 func (f *front) drain() {
@@ -173,6 +183,11 @@ func (c *client) settle() (http1 bool) {
 // handOver has HTTP/2's server serve the connection, and end it.
 func (c *client) handOver(conn net.Conn) {
 	c.drop()
+	if f := c.carry(); f != nil {
+		c.over = true
+		c.newExchange().conclude(f)
+		return
+	}
 	c.over, c.detached = true, true
 	c.srv.watcher.remove(&c.watch)
 	conn.SetDeadline(time.Time{})
@@ -186,6 +201,26 @@ func (c *client) handOver(conn net.Conn) {
 	case <-c.srv.front.closed:
 		conn.Close()
 	}
+}
+
+// carrierCost is what a connection of HTTP/2 or 3 takes besides its streams, in connections: the buffers of net/http and netConn.
+const carrierCost = 4
+
+// carry counts a connection among those that carry streams. An eighth of all may, so that there is something left for the streams. A
+// failure says why it must not, to nobody: an answer would have to be one of HTTP/2.
+func (c *client) carry() *failure {
+	l := &c.srv.limits
+	if n := l.carriers.Add(1); l.most > 0 && n > max(1, l.most/8) {
+		l.carriers.Add(-1)
+		return fail(0, tokenLimit, "%d connections of HTTP/2 and 3 are open, as many as descriptors and memory are enough for (SLUICE_NOFILE, SLUICE_MEMORY_LIMIT)", n-1)
+	}
+	c.carries = true
+	return nil
+}
+
+// units is what is open, in connections.
+func (s *server) units() int64 {
+	return s.metrics.clients.Load() + s.limits.streams.Load() + (carrierCost-1)*s.limits.carriers.Load()
 }
 
 // handover is the listener of HTTP/2's server.
@@ -231,7 +266,7 @@ type netConn struct {
 }
 
 // gatherSize is how much may wait to be sent.
-const gatherSize = 64 << 10
+const gatherSize = 32 << 10
 
 var gathered = sync.Pool{New: func() any { return new([gatherSize]byte) }}
 
@@ -314,16 +349,22 @@ func (n *netConn) send() {
 
 // sendAll sends p, unless the client takes nothing for too long.
 func (n *netConn) sendAll(p []byte) error {
-	for {
+	for begun := time.Now(); ; {
+		n.stream.SetWriteDeadline(deadline(time.Second))
+		k, err := n.stream.Write(p)
+		if p = p[max(k, 0):]; k > 0 {
+			begun = time.Now()
+		}
+		if err == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		limit := cmp.Or(n.c.srv.cfg.BodyTimeout, never)
 		n.mu.Lock()
-		limit := n.c.srv.cfg.BodyTimeout
-		if n.closing {
+		if n.closing || n.c.srv.limits.full.Load() { // those whose answers are not taken hold much of what is short
 			limit = time.Second
 		}
-		n.stream.SetWriteDeadline(deadline(limit))
 		n.mu.Unlock()
-		k, err := n.stream.Write(p)
-		if p = p[max(k, 0):]; err == nil || k <= 0 {
+		if time.Since(begun) >= limit {
 			return err
 		}
 	}
@@ -598,14 +639,14 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request) {
 		q.busy(1)
 		defer q.busy(-1)
 	}
-	stop := context.AfterFunc(r.Context(), c.lose)
-	defer stop()
+	s.limits.streams.Add(1)
+	context.AfterFunc(r.Context(), c.lose) // which comes when the stream has ended: its answer may wait here after serveOne
 	whole := c.serveOne(m)
 	if whole && m.h3 == nil && m.limit > 0 {
 		m.control.SetWriteDeadline(time.Now().Add(m.limit)) // what is held back is sent when the handler has returned
 	}
 	m.mu.Lock()
-	m.over = true // though c.lose or a timer may still be at it
+	m.over = true // c.lose and timers are to come
 	m.mu.Unlock()
 	if !whole {
 		m.abort()
@@ -643,7 +684,12 @@ func (x *exchange) received(h *head) string {
 
 // lose ends what a stream does that its client has given up, or that went down with its connection.
 func (c *client) lose() {
-	if m := c.tcp.(*muxed); !m.finished.Load() {
+	c.srv.limits.streams.Add(-1)
+	m := c.tcp.(*muxed)
+	m.mu.Lock()
+	over := m.over || m.finished.Load()
+	m.mu.Unlock()
+	if !over {
 		c.sever(c.severedBy())
 	}
 }
@@ -664,17 +710,15 @@ func (c *client) serveOne(m *muxed) (whole bool) {
 	parked := false
 	defer c.leave(&parked)
 	x := c.newExchange()
-	head, f := m.head(c.srv.cfg)
-	l := &c.srv.limits
-	if !l.streams.add(struct{}{}, 1) {
-		f = fail(503, tokenLimit, "%d streams are open, as many as descriptors and memory are enough for (SLUICE_NOFILE, SLUICE_MEMORY_LIMIT)", l.streams.most)
+	if open, most := c.srv.units(), c.srv.limits.most; most > 0 && open > most {
+		x.failure = fail(503, tokenLimit, "%d connections and streams are open, as many as descriptors and memory are enough for (SLUICE_NOFILE, SLUICE_MEMORY_LIMIT)", most)
+		if open > most+most/4 {
+			x.failure.status = 0 // answers that nobody takes would wait for ever
+		}
+		clear(m.r.Header)
+	} else if head, f := m.head(c.srv); f != nil {
+		x.failure = f
 	} else {
-		defer l.streams.add(struct{}{}, -1)
-	}
-	if len(head) > bufferSize && (l.full.Load() || l.large.Load() >= l.mostLarge) {
-		f = x.clientFailure(faultNoMemory, "", 0, "")
-	}
-	if x.failure = f; f == nil {
 		c.load(head)
 		x.failure = x.readRequest()
 	}
@@ -690,8 +734,13 @@ func (c *client) serveOne(m *muxed) (whole bool) {
 	return whole
 }
 
-// load puts b where it would be if it had been read.
+// load puts b where it would be if it had been read, or takes it over where it is large.
 func (w *wire) load(b []byte) {
+	if len(b) > bufferSize {
+		w.srv.limits.large.Add(1)
+		w.buf, w.w = b, len(b)
+		return
+	}
 	for len(b) > 0 {
 		w.makeRoom()
 		n := copy(w.buf[w.w:], b)
@@ -731,7 +780,7 @@ type muxed struct {
 
 // head writes the request as the head of an HTTP/1.1 message. Since that is what is parsed, a line more than those meant would be a
 // smuggled one.
-func (m *muxed) head(cfg *config) ([]byte, *failure) {
+func (m *muxed) head(s *server) ([]byte, *failure) {
 	r, method, target := m.r, m.r.Method, m.r.Host
 	switch path := r.RequestURI; {
 	case (method != "CONNECT" || m.protocol != "") && !strings.HasPrefix(path, "/") && (path != "*" || method != "OPTIONS"): // RFC 9113, 8.3.1
@@ -751,7 +800,22 @@ func (m *muxed) head(cfg *config) ([]byte, *failure) {
 	default:
 		target = "http://" + r.Host + r.RequestURI
 	}
-	b := fmt.Appendf(nil, "%s %s HTTP/1.1\r\nHost: %s\r\n", method, target, r.Host)
+	size, fields := len(target)+len(r.Host), 0
+	for name, values := range r.Header {
+		for _, v := range values {
+			size, fields = size+len(name)+len(v)+len(": \r\n"), fields+1
+		}
+	}
+	switch {
+	case size > int(s.cfg.MaxHeader): // said now, since what follows may wait
+		return nil, fail(431, tokenRequest, "the head is larger than %d bytes (SLUICE_MAX_HEADER)", s.cfg.MaxHeader)
+	case fields > maxFields:
+		return nil, fail(431, tokenRequest, "%v", faultManyFields)
+	case size > bufferSize && s.limits.noRoom():
+		clear(r.Header) // the answer may have to wait
+		return nil, fail(431, tokenRequest, "%v", faultNoMemory)
+	}
+	b := fmt.Appendf(make([]byte, 0, size+256), "%s %s HTTP/1.1\r\nHost: %s\r\n", method, target, r.Host)
 	lines := 3
 	for name, values := range r.Header {
 		if name == ":protocol" || name == "Host" || name == "Sec-Websocket-Key" && m.protocol == "websocket" { // which has no meaning there
@@ -762,18 +826,13 @@ func (m *muxed) head(cfg *config) ([]byte, *failure) {
 			lines++
 		}
 	}
-	if len(b) > int(cfg.MaxHeader) { // said now, since what follows may wait
-		return nil, fail(431, tokenRequest, "the head is larger than %d bytes (SLUICE_MAX_HEADER)", cfg.MaxHeader)
-	} else if lines-3 > maxFields {
-		return nil, fail(431, tokenRequest, "%v", faultManyFields)
-	}
 	if m.protocol == "websocket" { // RFC 8441, 5.1: what HTTP/1.1 has besides
 		m.key = base64.StdEncoding.EncodeToString(binary16())
 		b = fmt.Appendf(b, "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: %s\r\n", m.key)
 		lines += 3
 	} else if method != "CONNECT" {
 		var f *failure
-		if m.chunked, f = m.isBodyOpen(cfg.HeaderTimeout); f != nil {
+		if m.chunked, f = m.isBodyOpen(s.cfg.HeaderTimeout); f != nil {
 			return nil, f
 		} else if m.chunked {
 			b = append(b, "Transfer-Encoding: chunked\r\n"...)
@@ -783,6 +842,7 @@ func (m *muxed) head(cfg *config) ([]byte, *failure) {
 	if b = append(b, "\r\n"...); bytes.Count(b, []byte{'\n'}) != lines || len(r.Header["Transfer-Encoding"])+len(r.Header["Connection"])+len(r.Header["Upgrade"]) > 0 || len(r.Header["Host"]) > 1 {
 		return nil, fail(400, tokenRequest, "a field is not one of HTTP/%s", m.version)
 	}
+	clear(r.Header) // b has it
 	return b, nil
 }
 
@@ -1537,8 +1597,8 @@ func (s *server) listenQUIC(addr netip.AddrPort) (*quic.Listener, error) {
 		}}
 	s.front.udp = append(s.front.udp, t)
 	return t.Listen(http3.ConfigureTLSConfig(s.front.identity.config()), &quic.Config{EnableDatagrams: true, HandshakeIdleTimeout: s.cfg.HeaderTimeout,
-		MaxIncomingStreams: maxStreams, MaxIncomingUniStreams: 8, MaxIdleTimeout: time.Minute, KeepAlivePeriod: 20 * time.Second, // for tunnels; finds the dead
-		InitialStreamReceiveWindow: uint64(s.window() / 16), MaxStreamReceiveWindow: uint64(s.window() / 16),
+		MaxIncomingStreams: int64(s.streamsEach()), MaxIncomingUniStreams: 8, MaxIdleTimeout: time.Minute, KeepAlivePeriod: 20 * time.Second, // for tunnels; finds the dead
+		InitialStreamReceiveWindow: uint64(s.streamWindow()), MaxStreamReceiveWindow: uint64(s.streamWindow()),
 		InitialConnectionReceiveWindow: uint64(s.window()), MaxConnectionReceiveWindow: uint64(s.window())})
 }
 
@@ -1562,7 +1622,7 @@ func udpPeer(a net.Addr) netip.Addr { return a.(*net.UDPAddr).AddrPort().Addr().
 // serveQUIC serves a connection of HTTP/3.
 func (s *server) serveQUIC(conn *quic.Conn, c *client, f *failure) {
 	defer c.end()
-	if f != nil {
+	if f = cmp.Or(f, c.carry()); f != nil {
 		f.status, c.rejected = 0, true // nobody has asked yet
 		c.newExchange().conclude(f)
 		conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad), f.text)

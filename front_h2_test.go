@@ -2138,8 +2138,8 @@ func TestHTTP2Panic(t *testing.T) {
 	s.names = names
 	h.conn.Close()
 	s.serving.Wait()
-	if n := s.panics.Load(); n != 3 || s.limits.tunnels.used[struct{}{}] != 0 || s.limits.streams.used[struct{}{}] != 0 {
-		t.Errorf("%d panics, %d tunnels and %d streams are counted", n, s.limits.tunnels.used[struct{}{}], s.limits.streams.used[struct{}{}])
+	if n := s.panics.Load(); n != 3 || s.limits.tunnels.used[struct{}{}] != 0 || s.limits.streams.Load() != 0 {
+		t.Errorf("%d panics, %d tunnels and %d streams are counted", n, s.limits.tunnels.used[struct{}{}], s.limits.streams.Load())
 	}
 }
 
@@ -2226,10 +2226,10 @@ func FuzzStream(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	s := &server{hop: []byte("fuzz\r\n"), cfg: cfg}
+	s := &server{hop: []byte("fuzz\r\n"), cfg: cfg, limits: limits{mostLarge: 1}}
 	f.Fuzz(func(t *testing.T, method, host, path, name, value string) {
 		m := &muxed{r: &http.Request{Method: method, Host: host, RequestURI: path, Header: http.Header{name: {value}}, Body: http.NoBody}, version: "2"}
-		head, refused := m.head(cfg)
+		head, refused := m.head(s)
 		if refused != nil {
 			return
 		}
@@ -2252,4 +2252,31 @@ func FuzzStream(f *testing.F) {
 			t.Fatalf("%q was read as %q %q %q with %d fields", head, x.method, x.auth, x.target, len(x.req.fields))
 		}
 	})
+}
+
+// frames is what a client of HTTP/2 sends that opens streams with the same fields, and frames of 16 kB on each, without a look at answers.
+func frames(streams, data int, fields ...string) string {
+	var out, block bytes.Buffer
+	out.WriteString(preface)
+	framer, encoder := http2.NewFramer(&out, nil), hpack.NewEncoder(&block)
+	framer.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 20})
+	for i := range streams {
+		block.Reset()
+		for j := 0; j < len(fields); j += 2 {
+			encoder.WriteField(hpack.HeaderField{Name: fields[j], Value: fields[j+1], Sensitive: true})
+		}
+		id, rest := uint32(2*i+1), block.Bytes()
+		first := rest[:min(len(rest), 16<<10)]
+		rest = rest[len(first):]
+		framer.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: first, EndStream: data == 0, EndHeaders: len(rest) == 0})
+		for len(rest) > 0 {
+			piece := rest[:min(len(rest), 16<<10)]
+			rest = rest[len(piece):]
+			framer.WriteContinuation(id, len(rest) == 0, piece)
+		}
+		for range data {
+			framer.WriteData(id, false, make([]byte, 16<<10))
+		}
+	}
+	return out.String()
 }

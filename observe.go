@@ -375,6 +375,20 @@ func (x *summary) describe(f *failure) {
 	add(logTrace, x.trace)
 }
 
+// traceID is the trace-id of a traceparent, "" when that is not well-formed (W3C Trace Context, 3.2): version-trace-parent-flags in
+// lower-case hexadecimal, not all zero. Versions after 00 may add to it.
+func traceID(parent string) string {
+	if len(parent) < 55 || len(parent) > 55 && (parent[:2] == "00" || parent[55] != '-') {
+		return ""
+	}
+	shaped := parent[2] == '-' && parent[35] == '-' && parent[52] == '-' && strings.Count(parent[:55], "-") == 3
+	hex := strings.Trim(parent[:55], "-0123456789abcdef") == ""
+	if !shaped || !hex || parent[:2] == "ff" || strings.Trim(parent[3:35], "0") == "" || strings.Trim(parent[36:52], "0") == "" {
+		return ""
+	}
+	return parent[3:35]
+}
+
 // mostTold is how many bytes are told of what clients and origins choose.
 const mostTold = 1024
 
@@ -776,7 +790,9 @@ func (m *telemetry) note(x *summary, f *failure) {
 		m.denied.WithLabelValues(f.token).Inc()
 	}
 	n := failed{x.end, x.c.addr.String(), cut(x.user, mostTold), cut(x.method, 32), string(x.dst.host), x.dst.port, x.status, f.token, cut(f.logged(), mostTold)}
-	m.mu.Lock()
+	if !m.mu.TryLock() { // a flood would queue here, and only the last twenty are kept
+		return
+	}
 	defer m.mu.Unlock()
 	m.failures = append(m.failures[max(0, len(m.failures)-19):], n)
 }

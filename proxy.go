@@ -212,7 +212,7 @@ type config struct {
 	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written, 512 bytes of each on average, but 1 MiB in all at least and a sixteenth of SLUICE_MEMORY_LIMIT at most; when full, new ones are dropped and counted, never waited for.
 	LogQuery               bool          `env:"LOG_QUERY" envDefault:"false"`                // Log query strings, in `url.query`. User info and credentials are never logged.
 	Tune                   string        `env:"TUNE" envDefault:"check"`                     // Kernel settings: `check` warns of those that fall short, `apply` also writes them where the container may, `off`.
-	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one, but at least 12 MiB less than that. GOMEMLIMIT, where it is set, wins.
+	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one, but at least 16 MiB less than that. GOMEMLIMIT, where it is set, wins.
 	NOFILE                 int           `env:"NOFILE" envDefault:"0"`                       // Descriptor limit to ask for; 0 = the hard limit, at most 1,048,576.
 }
 
@@ -597,7 +597,7 @@ func newServer(cfg *config, log *logger) (s *server, err error) {
 	s.names, s.admin = &resolver{cfg: cfg, metrics: s.metrics}, newAdmin(s)
 	s.names.answers, _ = lru.New[string, dnsAnswer](4096) // fails on sizes below 1 only
 	s.limits.conns.most, s.limits.clients.most = cmp.Or(cfg.MaxConns, connLimit()), cfg.MaxConnsPerClient
-	s.limits.tunnels.most, s.limits.hosts.most, s.limits.streams.most = cfg.MaxTunnels, cfg.MaxConnsPerHost, connLimit()
+	s.limits.tunnels.most, s.limits.hosts.most, s.limits.most = cfg.MaxTunnels, cfg.MaxConnsPerHost, int64(connLimit())
 	s.limits.mostLarge = max(1, debug.SetMemoryLimit(-1)/8/int64(cfg.MaxHeader))
 	log.bound(debug.SetMemoryLimit(-1) / 16)
 	s.limits.rates = rates{limit: rate.Limit(cfg.Rate), burst: cmp.Or(cfg.RateBurst, 2*cfg.Rate)}
@@ -735,6 +735,7 @@ type client struct {
 	lingers  bool         // the end is made with care, since unread bytes are about
 	broken   bool         // the last response has not come to its end
 	settled  bool         // it speaks HTTP/1
+	carries  bool         // streams; is among limits.carriers
 	conn     *client      // carries this one, a stream of HTTP/2 or 3; nil = this is a connection
 	name     string       // in its certificate
 	proven   bool         // it came over TLS, with the certificate that SLUICE_TLS_CLIENT_CA may ask for
@@ -872,6 +873,9 @@ func (c *client) end() {
 		c.srv.limits.conns.add(struct{}{}, -1)
 		c.srv.limits.clients.add(c.site, -1)
 	}
+	if c.carries {
+		c.srv.limits.carriers.Add(-1)
+	}
 	c.tcp.Close()
 	c.drop()
 	c.srv.clients.Delete(c)
@@ -978,13 +982,18 @@ type limits struct {
 	conns           quota[struct{}]
 	clients         quota[netip.Addr] // connections by client.site
 	tunnels         quota[struct{}]
-	streams         quota[struct{}] // of HTTP/2 and 3
-	hosts           quota[string]   // connections to origins by upstream.key
+	streams         atomic.Int64  // of HTTP/2 and 3
+	carriers        atomic.Int64  // connections that carry these
+	most            int64         // streams and connections that descriptors and memory are enough for; 0 = not known
+	hosts           quota[string] // connections to origins by upstream.key
 	rates           rates
 	shedding, large atomic.Int64 // connections that are being shed; buffers that are larger than pooled ones
 	full            atomic.Bool  // there is no memory for more
 	mostLarge       int64        // of them, so that heads, with what is made of them, take a quarter of the memory limit
 }
+
+// noRoom reports whether there is none for another large head.
+func (l *limits) noRoom() bool { return l.full.Load() || l.large.Load() >= l.mostLarge }
 
 // rates is how many requests client addresses may still make.
 type rates struct {
@@ -1128,7 +1137,7 @@ func (w *wire) readHead(limit int, within time.Duration) ([]byte, error) {
 			w.readBy(within)
 			within = -1
 		}
-		if l := &w.srv.limits; w.buffered() == bufferSize && (l.full.Load() || l.large.Load() >= l.mostLarge) {
+		if w.buffered() == bufferSize && w.srv.limits.noRoom() {
 			return nil, faultNoMemory
 		} else if err := w.fill(); err != nil {
 			return nil, err
@@ -1579,20 +1588,6 @@ func (x *exchange) readRequest() *failure {
 	x.reqBody.begin(&x.c.wire, &x.req, bodyLength, int64(x.srv.cfg.MaxRequestBody))
 	x.trace = traceID(cut(x.req.trace, 56)) // a tunnel keeps it
 	return nil
-}
-
-// traceID is the trace-id of a traceparent, "" when that is not well-formed (W3C Trace Context, 3.2): version-trace-parent-flags in
-// lower-case hexadecimal, not all zero. Versions after 00 may add to it.
-func traceID(parent string) string {
-	if len(parent) < 55 || len(parent) > 55 && (parent[:2] == "00" || parent[55] != '-') {
-		return ""
-	}
-	shaped := parent[2] == '-' && parent[35] == '-' && parent[52] == '-' && strings.Count(parent[:55], "-") == 3
-	hex := strings.Trim(parent[:55], "-0123456789abcdef") == ""
-	if !shaped || !hex || parent[:2] == "ff" || strings.Trim(parent[3:35], "0") == "" || strings.Trim(parent[36:52], "0") == "" {
-		return ""
-	}
-	return parent[3:35]
 }
 
 // parse reads a request head: "METHOD target HTTP/1.1", single spaces and nothing else (RFC 9112, 3), and its fields.

@@ -1668,7 +1668,7 @@ func openFiles() int {
 	return int(min(limit.Cur, maxFiles))
 }
 
-// limitMemory sets the heap's soft limit to want, or when want is 0 to 90% of the cgroup's limit, but at least 12 MiB less:
+// limitMemory sets the heap's soft limit to want, or when want is 0 to 90% of the cgroup's limit, but at least 16 MiB less:
 // the rest is for the program's text and what the kernel needs. With a tenth for these, floods of large heads had 64 MiB exceeded.
 func limitMemory(want int64) {
 	if os.Getenv("GOMEMLIMIT") != "" {
@@ -1676,7 +1676,7 @@ func limitMemory(want int64) {
 	}
 	if want == 0 {
 		want = cgroupMemory()
-		want = max(want/2, want-max(want/10, 12<<20))
+		want = max(want/2, want-max(want/10, 16<<20))
 	}
 	if want > 0 {
 		debug.SetMemoryLimit(want)
@@ -1717,8 +1717,13 @@ func (s *server) watchMemory(ctx context.Context) {
 	if limit == math.MaxInt64 {
 		return
 	}
+	collected := time.Now()
 	for tick := time.Tick(100 * time.Millisecond); ctx.Err() == nil; {
 		used := memoryInUse()
+		if used > limit/10*9 && time.Since(collected) > time.Second {
+			runtime.GC() // what was let go does not show before one, which may be far off when nothing is taken in
+			used, collected = memoryInUse(), time.Now()
+		}
 		if s.limits.full.Store(used > limit/10*9); used > limit/4*3 {
 			s.sayShort("memory runs short, idle connections are closed", fmt.Errorf("%d of %d bytes are in use (SLUICE_MEMORY_LIMIT)", used, limit))
 		}
