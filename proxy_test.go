@@ -5546,6 +5546,7 @@ func TestConnectionLimits(t *testing.T) {
 		c.ask("GET", "http://"+origin+"/")
 		served = append(served, c)
 	}
+	p.awaitServed(t, 2) // a record may come later than the answer, and the next is looked for by its place
 	goroutines := runtime.NumGoroutine()
 	for n := range 30 {
 		c := p.dial(t)
