@@ -204,13 +204,13 @@ func (c *client) handOver(conn net.Conn) {
 }
 
 // carrierCost is what a connection of HTTP/2 or 3 takes besides its streams, in connections: the buffers of net/http and netConn.
-const carrierCost = 4
+const carrierCost = 8
 
-// carry counts a connection among those that carry streams. An eighth of all may, so that there is something left for the streams. A
+// carry counts a connection among those that carry streams. One in sixteen may, so that there is something left for the streams. A
 // failure says why it must not, to nobody: an answer would have to be one of HTTP/2.
 func (c *client) carry() *failure {
 	l := &c.srv.limits
-	if n := l.carriers.Add(1); l.most > 0 && n > max(1, l.most/8) {
+	if n := l.carriers.Add(1); l.most > 0 && n > max(1, l.most/16) {
 		l.carriers.Add(-1)
 		return fail(0, tokenLimit, "%d connections of HTTP/2 and 3 are open, as many as descriptors and memory are enough for (SLUICE_NOFILE, SLUICE_MEMORY_LIMIT)", n-1)
 	}
