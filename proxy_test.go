@@ -5,25 +5,38 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	crand "crypto/rand"
+	"crypto/sha1"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	pemfile "encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"image/color"
+	"image/png"
 	"io"
+	"log"
 	"log/slog"
 	"maps"
 	"math"
+	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
 	"net/http/httputil"
 	"net/netip"
 	"net/textproto"
@@ -50,8 +63,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+	"github.com/quic-go/quic-go/quicvarint"
 	"golang.org/x/crypto/bcrypt"
 	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 )
 
 // The tests speak to a proxy that run() started, over real sockets on loopback: raw bytes in, the bytes that the origin
@@ -9594,4 +9612,4436 @@ func BenchmarkRecord(b *testing.B) {
 			}
 		})
 	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Helpers: certificates, TLS
+
+// authority signs certificates for tests.
+type authority struct {
+	t    *testing.T
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	pem  string
+}
+
+func newAuthority(t *testing.T) *authority {
+	t.Helper()
+	a := &authority{t: t}
+	a.pem, _ = a.issue("test authority")
+	return a
+}
+
+// issue makes a certificate and its key; the first is the authority's own.
+func (a *authority) issue(name string) (cert, key string) {
+	a.t.Helper()
+	k, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	serial, _ := crand.Int(crand.Reader, big.NewInt(1<<60))
+	template := &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour),
+		NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}}
+	parent, signer := a.cert, a.key
+	if parent == nil {
+		template.IsCA, template.BasicConstraintsValid, template.KeyUsage = true, true, x509.KeyUsageCertSign
+		template.ExtKeyUsage, template.IPAddresses = nil, nil
+		parent, signer = template, k
+	}
+	der, err := x509.CreateCertificate(crand.Reader, template, parent, k.Public(), signer)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	if a.cert == nil {
+		a.key = k
+		a.cert, _ = x509.ParseCertificate(der)
+	}
+	secret, _ := x509.MarshalPKCS8PrivateKey(k)
+	encode := func(kind string, b []byte) string {
+		return string(pemfile.EncodeToMemory(&pemfile.Block{Type: kind, Bytes: b}))
+	}
+	return encode("CERTIFICATE", der), encode("PRIVATE KEY", secret)
+}
+
+// vars give a proxy a certificate directly.
+func (a *authority) vars(more ...string) []string {
+	cert, key := a.issue("proxy")
+	return append([]string{"TLS_CERT=" + cert, "TLS_KEY=" + key}, more...)
+}
+
+// trusting is how a client speaks TLS to a proxy with a certificate of the authority.
+func (a *authority) trusting(protocols ...string) *tls.Config {
+	roots := x509.NewCertPool()
+	roots.AddCert(a.cert)
+	return &tls.Config{RootCAs: roots, ServerName: "127.0.0.1", NextProtos: protocols}
+}
+
+// knownAs is trusting with a client certificate.
+func (a *authority) knownAs(name string, protocols ...string) *tls.Config {
+	pair, err := tls.X509KeyPair(func() (_, _ []byte) { c, k := a.issue(name); return []byte(c), []byte(k) }())
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	conf := a.trusting(protocols...)
+	conf.Certificates = []tls.Certificate{pair}
+	return conf
+}
+
+// trusting12 is trusting with TLS 1.2, where it can be seen whether a record is the goodbye of TLS.
+func (a *authority) trusting12() *tls.Config {
+	conf := a.trusting()
+	conf.MaxVersion = tls.VersionTLS12
+	return conf
+}
+
+// tlsPeer is a client that speaks HTTP/1.1 over TLS, driven by raw bytes.
+type tlsPeer struct {
+	*tls.Conn
+	socket *listening12
+	t      *testing.T
+	br     *bufio.Reader
+}
+
+// listening12 keeps what was read from a socket.
+type listening12 struct {
+	*net.TCPConn
+	heard []byte
+}
+
+func (l *listening12) Read(p []byte) (n int, err error) {
+	n, err = l.TCPConn.Read(p)
+	l.heard = append(l.heard, p[:n]...)
+	return n, err
+}
+
+// saidGoodbye reports whether the last record was an alert: close_notify. crypto/tls takes a bare FIN for an end, too; others do not.
+func (l *listening12) saidGoodbye() bool {
+	last := byte(0)
+	for b := l.heard; len(b) >= 5; b = b[min(len(b), 5+int(b[3])<<8+int(b[4])):] {
+		last = b[0]
+	}
+	return last == 21
+}
+
+func (p *testProxy) dialTLS(t *testing.T, conf *tls.Config) *tlsPeer {
+	t.Helper()
+	socket := &listening12{TCPConn: p.dial(t).TCPConn}
+	conn := tls.Client(socket, conf)
+	if err := conn.Handshake(); err != nil {
+		t.Fatalf("handshake: %v", err)
+	}
+	return &tlsPeer{conn, socket, t, bufio.NewReader(conn)}
+}
+
+func (c *tlsPeer) send(format string, args ...any) {
+	c.t.Helper()
+	if len(args) > 0 {
+		format = fmt.Sprintf(format, args...)
+	}
+	if _, err := io.WriteString(c.Conn, format); err != nil {
+		c.t.Fatalf("send: %v", err)
+	}
+}
+
+func (c *tlsPeer) wants(want string) {
+	c.t.Helper()
+	got := make([]byte, len(want))
+	n, err := io.ReadFull(c.br, got)
+	if string(got[:n]) != want {
+		c.t.Fatalf("got  %q (%v)\nwant %q", got[:n], err, want)
+	}
+}
+
+func (c *tlsPeer) response(method string) (*http.Response, string) {
+	c.t.Helper()
+	resp, err := http.ReadResponse(c.br, &http.Request{Method: method})
+	if err != nil {
+		c.t.Fatalf("response: %v", err)
+	}
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		c.t.Fatalf("response body: %v after %q", err, body)
+	}
+	return resp, string(body)
+}
+
+// wantsEnd expects the end of the connection: with TLS's own goodbye, or without, which tells that something is missing.
+func (c *tlsPeer) wantsEnd(whole bool) {
+	c.t.Helper()
+	b, err := io.ReadAll(c.br)
+	if goodbye := c.socket.saidGoodbye(); len(b) > 0 || errors.Is(err, os.ErrDeadlineExceeded) || goodbye != whole {
+		c.t.Errorf("got %q, %v, goodbye: %v; want the end, whole: %v", b, err, goodbye, whole)
+	}
+}
+
+// wantsReset expects the connection to be reset, at once or when it is written to.
+func (p *peer) wantsReset() {
+	p.t.Helper()
+	if _, err := io.Copy(io.Discard, p.br); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		p.t.Errorf("got %v, want a reset", err)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Helpers: HTTP/2 by hand
+
+// rawH2 is an HTTP/2 client of which a test sends and sees every frame. Its windows grow only when the test says so.
+type rawH2 struct {
+	*http2.Framer
+	conn    net.Conn
+	t       *testing.T
+	block   bytes.Buffer
+	enc     *hpack.Encoder
+	nextID  uint32
+	streams map[uint32]*rawStream
+	offered map[http2.SettingID]uint32
+	away    *http2.GoAwayFrame
+	err     error // of the last read
+}
+
+// rawStream is what came on a stream.
+type rawStream struct {
+	statuses []string
+	head     http.Header // of the last one
+	body     []byte
+	trailer  http.Header
+	ended    bool
+	reset    bool
+	code     http2.ErrCode
+}
+
+func (p *testProxy) dialH2(t *testing.T, conf *tls.Config, settings ...http2.Setting) *rawH2 {
+	t.Helper()
+	var conn net.Conn = p.dial(t)
+	if conf != nil {
+		secured := tls.Client(conn.(*peer).TCPConn, conf)
+		if err := secured.Handshake(); err != nil || secured.ConnectionState().NegotiatedProtocol != "h2" {
+			t.Fatalf("handshake: %v, protocol %q", err, secured.ConnectionState().NegotiatedProtocol)
+		}
+		conn = secured
+	}
+	h := &rawH2{Framer: http2.NewFramer(conn, conn), conn: conn, t: t, nextID: 1, streams: map[uint32]*rawStream{}, offered: map[http2.SettingID]uint32{}}
+	h.enc = hpack.NewEncoder(&h.block)
+	h.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	h.AllowIllegalWrites = true
+	io.WriteString(conn, http2.ClientPreface)
+	h.WriteSettings(settings...)
+	return h
+}
+
+// headers sends a HEADERS frame with names and values in turn.
+func (h *rawH2) headers(id uint32, end bool, fields ...string) {
+	h.t.Helper()
+	h.block.Reset()
+	for i := 0; i < len(fields); i += 2 {
+		h.enc.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	}
+	if err := h.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: h.block.Bytes(), EndStream: end, EndHeaders: true}); err != nil {
+		h.t.Fatalf("HEADERS: %v", err)
+	}
+}
+
+// open begins a stream.
+func (h *rawH2) open(end bool, fields ...string) (id uint32) {
+	h.t.Helper()
+	id = h.nextID
+	h.nextID += 2
+	h.headers(id, end, fields...)
+	return id
+}
+
+func (h *rawH2) request(method, authority, path string, end bool, fields ...string) (id uint32) {
+	h.t.Helper()
+	return h.open(end, append([]string{":method", method, ":scheme", "http", ":authority", authority, ":path", path}, fields...)...)
+}
+
+func (h *rawH2) connect(authority string, fields ...string) (id uint32) {
+	h.t.Helper()
+	return h.open(false, append([]string{":method", "CONNECT", ":authority", authority}, fields...)...)
+}
+
+func (h *rawH2) data(id uint32, end bool, data string) {
+	h.t.Helper()
+	if err := h.WriteData(id, end, []byte(data)); err != nil {
+		h.t.Fatalf("DATA: %v", err)
+	}
+}
+
+func (h *rawH2) stream(id uint32) *rawStream {
+	if h.streams[id] == nil {
+		h.streams[id] = &rawStream{}
+	}
+	return h.streams[id]
+}
+
+// read takes one frame in.
+func (h *rawH2) read() bool {
+	f, err := h.ReadFrame()
+	if h.err = err; err != nil {
+		return false
+	}
+	s := h.stream(f.Header().StreamID)
+	switch f := f.(type) {
+	case *http2.SettingsFrame:
+		f.ForeachSetting(func(one http2.Setting) error { h.offered[one.ID] = one.Val; return nil })
+		if !f.IsAck() {
+			h.WriteSettingsAck()
+		}
+	case *http2.MetaHeadersFrame:
+		into := http.Header{}
+		for _, field := range f.RegularFields() {
+			into.Add(field.Name, field.Value)
+		}
+		if status := f.PseudoValue("status"); status != "" {
+			s.statuses, s.head = append(s.statuses, status), into
+		} else {
+			s.trailer = into
+		}
+		s.ended = s.ended || f.StreamEnded()
+	case *http2.DataFrame:
+		s.body = append(s.body, f.Data()...)
+		s.ended = s.ended || f.StreamEnded()
+	case *http2.RSTStreamFrame:
+		s.reset, s.code = true, f.ErrCode
+	case *http2.GoAwayFrame:
+		h.away = f
+	}
+	return true
+}
+
+// until reads frames until what holds.
+func (h *rawH2) until(what string, holds func() bool) {
+	h.t.Helper()
+	for !holds() {
+		if !h.read() {
+			h.t.Fatalf("%v while waiting for %s; streams: %s", h.err, what, h.told())
+		}
+	}
+}
+
+func (h *rawH2) told() (text string) {
+	for id, s := range h.streams {
+		text += fmt.Sprintf("%d: %+v\n", id, *s)
+	}
+	return text
+}
+
+// wants waits for the whole answer on a stream.
+func (h *rawH2) wants(id uint32, status int, body string) *rawStream {
+	h.t.Helper()
+	s := h.stream(id)
+	h.until(fmt.Sprintf("the end of stream %d", id), func() bool { return s.ended || s.reset })
+	if !s.ended || s.statuses[len(s.statuses)-1] != strconv.Itoa(status) || string(s.body) != body {
+		h.t.Fatalf("stream %d: got %+v\nwant %d %q", id, *s, status, body)
+	}
+	return s
+}
+
+// wantsRefusal waits for an answer of the proxy's own.
+func (h *rawH2) wantsRefusal(id uint32, status int, token string) *rawStream {
+	h.t.Helper()
+	s := h.stream(id)
+	h.until(fmt.Sprintf("the end of stream %d", id), func() bool { return s.ended || s.reset })
+	if !s.ended || len(s.statuses) == 0 {
+		h.t.Fatalf("stream %d: got %+v, want %d", id, *s, status)
+	}
+	code, _ := strconv.Atoi(s.statuses[0])
+	wantsRefusal(h.t, &http.Response{StatusCode: code, Header: s.head}, string(s.body), status, token)
+	return s
+}
+
+// wantsReset waits for RST_STREAM, not for an end.
+func (h *rawH2) wantsReset(id uint32) *rawStream {
+	h.t.Helper()
+	s := h.stream(id)
+	h.until(fmt.Sprintf("the reset of stream %d", id), func() bool { return s.ended || s.reset })
+	if s.ended {
+		h.t.Fatalf("stream %d: got %+v, want a reset", id, *s)
+	}
+	return s
+}
+
+// wantsTunnel waits for the 200 to a CONNECT.
+func (h *rawH2) wantsTunnel(id uint32) {
+	h.t.Helper()
+	s := h.stream(id)
+	h.until("the tunnel", func() bool { return len(s.statuses) > 0 || s.reset })
+	if s.reset || s.ended || s.statuses[0] != "200" {
+		h.t.Fatalf("CONNECT: %+v", *s)
+	}
+}
+
+// wantsBody waits until a stream's body so far is want.
+func (h *rawH2) wantsBody(id uint32, want string) {
+	h.t.Helper()
+	s := h.stream(id)
+	h.until(fmt.Sprintf("%q", want), func() bool { return len(s.body) >= len(want) || s.ended || s.reset })
+	if string(s.body) != want {
+		h.t.Fatalf("stream %d: got %+v, want %q", id, *s, want)
+	}
+}
+
+// wantsAlive expects the connection to serve another request.
+func (h *rawH2) wantsAlive() {
+	h.t.Helper()
+	h.wants(h.request("OPTIONS", "127.0.0.1:9", "*", true, "max-forwards", "0"), 200, "")
+}
+
+// bothH2 runs a test over HTTP/2 without and with TLS.
+func bothH2(t *testing.T, test func(t *testing.T, p *testProxy, dial func(t *testing.T, settings ...http2.Setting) *rawH2), vars ...string) {
+	a := newAuthority(t)
+	p := startProxy(t, append(a.vars(), vars...)...)
+	t.Run("h2c", func(t *testing.T) {
+		test(t, p, func(t *testing.T, settings ...http2.Setting) *rawH2 { return p.dialH2(t, nil, settings...) })
+	})
+	t.Run("TLS", func(t *testing.T) {
+		test(t, p, func(t *testing.T, settings ...http2.Setting) *rawH2 {
+			return p.dialH2(t, a.trusting("h2"), settings...)
+		})
+	})
+}
+
+// throughH2 is a client that sends its http requests to the proxy over HTTP/2.
+func (p *testProxy) throughH2(t *testing.T, conf *tls.Config) *http.Client {
+	transport := &http.Transport{Protocols: new(http.Protocols), DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		if conf == nil {
+			return net.Dial(network, p.addr)
+		}
+		return (&tls.Dialer{Config: conf}).DialContext(ctx, network, p.addr)
+	}}
+	transport.Protocols.SetUnencryptedHTTP2(true) // whatever the connection goes through
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport, Timeout: 2 * patience}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// TLS
+
+// Both versions of TLS and what a client says that it speaks. The second handshake of a client is a resumption: without that each
+// connection costs a signature.
+func TestTLSHandshakes(t *testing.T) {
+	a := newAuthority(t)
+	p := startProxy(t, a.vars()...)
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		for _, offer := range []string{"", "http/1.1", "h2", "h2,http/1.1"} {
+			t.Run(fmt.Sprintf("%s offering %q", tls.VersionName(version), offer), func(t *testing.T) {
+				conf := a.trusting()
+				if offer != "" {
+					conf.NextProtos = strings.Split(offer, ",")
+				}
+				conf.MinVersion, conf.MaxVersion, conf.ClientSessionCache = version, version, tls.NewLRUClientSessionCache(1)
+				agreed, _, _ := strings.Cut(offer, ",")
+				for nth := range 2 {
+					o := originFor(t, t)
+					if agreed == "h2" {
+						h := p.dialH2(t, conf)
+						id := h.request("GET", o.addr, "/", true)
+						up := o.accept()
+						up.head()
+						up.send(plainAnswer)
+						h.wants(id, 200, "hi")
+						if resumed := h.conn.(*tls.Conn).ConnectionState().DidResume; resumed != (nth == 1) {
+							t.Errorf("handshake %d: resumed: %v", nth, resumed)
+						}
+						continue
+					}
+					c := p.dialTLS(t, conf)
+					c.send("%s", o.fill(plainRequest))
+					up := o.accept()
+					up.wants(o.fill(plainWants))
+					up.send(plainAnswer)
+					c.wants(plainGets)
+					if state := c.ConnectionState(); state.NegotiatedProtocol != agreed || state.DidResume != (nth == 1) {
+						t.Errorf("handshake %d: resumed: %v, protocol %q", nth, state.DidResume, state.NegotiatedProtocol)
+					}
+				}
+			})
+		}
+	}
+}
+
+// A handshake that does not come to its end is told of, and leaves nothing.
+func TestTLSHandshakeFails(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	a := newAuthority(t)
+	p := startProxy(t, a.vars("HEADER_TIMEOUT=300ms")...)
+	recorded := func(t *testing.T, nth int, words string) {
+		t.Helper()
+		r := p.awaitServed(t, nth)
+		wantsLogged(t, r, 0, tokenRequest)
+		if text := fmt.Sprint(r["error.message"]); !strings.Contains(text, words) {
+			t.Errorf("error.message %q, want %q", text, words)
+		}
+	}
+	served := 0
+	for name, hello := range map[string]string{"one byte": "\x16", "half a record": "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"} {
+		t.Run(name, func(t *testing.T) {
+			c, begun := p.dial(t), time.Now()
+			c.send("%s", hello)
+			c.wantsEnd()
+			if took := time.Since(begun); took < 250*time.Millisecond || took > 2*time.Second {
+				t.Errorf("ended after %v", took)
+			}
+			recorded(t, served, "SLUICE_HEADER_TIMEOUT")
+			served++
+		})
+	}
+	t.Run("not TLS after all", func(t *testing.T) {
+		p.dial(t).send("\x16\x03\x01\x00\x05GET /")
+		recorded(t, served, "no TLS")
+		served++
+	})
+	t.Run("an old version", func(t *testing.T) {
+		conf := a.trusting()
+		conf.MinVersion, conf.MaxVersion = tls.VersionTLS10, tls.VersionTLS11
+		if err := tls.Client(p.dial(t).TCPConn, conf).Handshake(); err == nil {
+			t.Error("TLS 1.1 is spoken")
+		}
+		recorded(t, served, "no TLS")
+		served++
+	})
+	t.Run("an unknown protocol", func(t *testing.T) {
+		if err := tls.Client(p.dial(t).TCPConn, a.trusting("acme-tls/1")).Handshake(); err == nil {
+			t.Error("a protocol was agreed on")
+		}
+		recorded(t, served, "no TLS")
+		served++
+	})
+	t.Run("the client hangs up", func(t *testing.T) {
+		c := p.dial(t)
+		c.send("\x16\x03\x01")
+		c.Close()
+		recorded(t, served, "no TLS")
+		served++
+	})
+}
+
+// Renewed files are in force a second later, but never half of them, nor none.
+func TestCertificateIsRenewed(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	a, dir := newAuthority(t), t.TempDir()
+	certFile, keyFile := filepath.Join(dir, "cert"), filepath.Join(dir, "key")
+	write := func(path, text string) {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cert, key := a.issue("first")
+	write(certFile, cert)
+	write(keyFile, key)
+	p := startProxy(t, "TLS_CERT_FILE="+certFile, "TLS_KEY_FILE="+keyFile)
+	shown := func() string {
+		c := p.dialTLS(t, a.trusting())
+		defer c.Close()
+		return c.ConnectionState().PeerCertificates[0].Subject.CommonName
+	}
+	lines := func(msg string) int { return strings.Count(p.log.all(), `"msg":"`+msg) }
+	if name := shown(); name != "first" {
+		t.Fatalf("the certificate of %s", name)
+	}
+	cert, key = a.issue("second")
+	for i, change := range []func(){
+		func() { write(certFile, cert) }, // whose key is not there yet
+		func() { write(keyFile, "\n") },  // truncated, and written in a moment
+	} {
+		change()
+		eventually(t, "a warning", func() bool {
+			if name := shown(); name != "first" {
+				t.Fatalf("after change %d the certificate of %s", i, name)
+			}
+			return lines("certificate not renewed") == i+1
+		})
+	}
+	shown()
+	if n := lines("certificate not renewed"); n != 2 {
+		t.Errorf("%d warnings of 2 changes", n)
+	}
+	write(keyFile, key)
+	eventually(t, "the new certificate", func() bool { return shown() == "second" })
+	eventually(t, "one record of that", func() bool { return lines("certificate renewed") == 1 })
+}
+
+// With TLS_CLIENT_CA nobody is served who does not show a certificate, in whatever protocol; who does is named in the record.
+func TestClientCertificates(t *testing.T) {
+	a := newAuthority(t)
+	p := startProxy(t, a.vars("TLS_CLIENT_CA="+a.pem)...)
+	o := startOrigin(t)
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		for name, conf := range map[string]*tls.Config{"none": a.trusting(), "another authority's": newAuthority(t).knownAs("mallory")} {
+			conf.RootCAs, conf.MaxVersion = a.trusting().RootCAs, version
+			t.Run(tls.VersionName(version)+" "+name, func(t *testing.T) {
+				conn := tls.Client(p.dial(t).TCPConn, conf)
+				_, err := io.WriteString(conn, o.fill(plainRequest)) // a client of 1.3 is done before the server has seen its certificate
+				if err == nil {
+					_, err = conn.Read(make([]byte, 1))
+				}
+				if err == nil {
+					t.Error("was served")
+				}
+			})
+		}
+	}
+	t.Run("HTTP/1.1 in plain", func(t *testing.T) {
+		c := p.dial(t)
+		c.send("%s", o.fill(plainRequest))
+		c.wantsRefusal("GET", 403, tokenDenied, "SLUICE_TLS_CLIENT_CA")
+	})
+	t.Run("CONNECT in plain", func(t *testing.T) {
+		c := p.dial(t)
+		c.send("%s", o.fill("CONNECT {o} HTTP/1.1\r\nHost: {o}\r\n\r\n"))
+		c.wantsRefusal("CONNECT", 403, tokenDenied, "SLUICE_TLS_CLIENT_CA")
+	})
+	t.Run("h2c", func(t *testing.T) {
+		h := p.dialH2(t, nil)
+		h.wantsRefusal(h.request("GET", o.addr, "/", true), 403, tokenDenied)
+		h.wantsRefusal(h.connect(o.addr), 403, tokenDenied)
+	})
+	o.wantsNone()
+	t.Run("known", func(t *testing.T) {
+		o := originFor(t, t)
+		c := p.dialTLS(t, a.knownAs("alice"))
+		c.send("%s", o.fill(plainRequest))
+		up := o.accept()
+		up.head()
+		up.send(plainAnswer)
+		c.wants(plainGets)
+		wantsFields(t, p.recordFor(t, "request", o.addr), map[string]any{"user.name": "alice", "network.protocol.version": "1.1"})
+	})
+	t.Run("known, h2", func(t *testing.T) {
+		o := originFor(t, t)
+		conf := a.knownAs("bob", "h2")
+		conf.ClientSessionCache = tls.NewLRUClientSessionCache(1)
+		for range 2 { // a resumed session knows the client's name, too
+			h := p.dialH2(t, conf)
+			id := h.request("GET", o.addr, "/", true)
+			up := o.accept()
+			up.head()
+			up.send("HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+			h.wants(id, 204, "")
+			up.Close()
+		}
+		eventually(t, "two records of bob's", func() bool {
+			return strings.Count(strings.Join(p.served(), ""), `"user.name":"bob"`) == 2
+		})
+	})
+}
+
+// HTTP2=false leaves HTTP/1.1, over TLS and in plain.
+func TestHTTP2SwitchedOff(t *testing.T) {
+	a := newAuthority(t)
+	p := startProxy(t, a.vars("HTTP2=false")...)
+	c := p.dialTLS(t, a.trusting("h2", "http/1.1"))
+	if protocol := c.ConnectionState().NegotiatedProtocol; protocol != "http/1.1" {
+		t.Errorf("agreed on %q", protocol)
+	}
+	if err := tls.Client(p.dial(t).TCPConn, a.trusting("h2")).Handshake(); err == nil {
+		t.Error("h2 was agreed on")
+	}
+	plain := p.dial(t)
+	plain.send("%s", http2.ClientPreface)
+	plain.wantsRefusal("GET", 400, tokenRequest)
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// HTTP/1.1 over TLS
+
+func TestHTTP1OverTLS(t *testing.T) {
+	a := newAuthority(t)
+	p := startProxy(t, a.vars()...)
+	t.Run("one connection, many requests", func(t *testing.T) {
+		o := originFor(t, t)
+		c := p.dialTLS(t, a.trusting())
+		c.send("%s", strings.Repeat(o.fill(plainRequest), 3)) // pipelined
+		up := o.accept()
+		for range 3 {
+			up.wants(o.fill(plainWants))
+			up.send(plainAnswer)
+			c.wants(plainGets)
+		}
+		for _, piece := range o.fill(plainRequest) { // a record for each byte
+			c.send("%c", piece)
+		}
+		up.wants(o.fill(plainWants))
+		up.send(plainAnswer)
+		c.wants(plainGets)
+	})
+	t.Run("chunked both ways", func(t *testing.T) {
+		o := originFor(t, t)
+		c := p.dialTLS(t, a.trusting())
+		c.send("%s", o.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"))
+		up := o.accept()
+		up.wants(o.fill("POST / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"))
+		c.send("2\r\nde\r\n0\r\nX-Sum: 1\r\n\r\n")
+		up.wants("2\r\nde\r\n0\r\nX-Sum: 1\r\n\r\n")
+		up.send("HTTP/1.1 200 OK\r\n" + date + "Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n")
+		c.wants("HTTP/1.1 200 OK\r\n" + date + viaOne + "Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n")
+		up.send("0\r\nX-End: 2\r\n\r\n")
+		c.wants("0\r\nX-End: 2\r\n\r\n")
+	})
+	t.Run("WebSocket", func(t *testing.T) {
+		o := originFor(t, t)
+		c := p.dialTLS(t, a.trusting())
+		const fields = "Connection: Upgrade\r\nUpgrade: websocket\r\n"
+		c.send("%s", o.fill("GET http://{o}/ HTTP/1.1\r\nHost: {o}\r\n"+fields+"\r\n"))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 101 Switching Protocols\r\n" + fields + "\r\nfirst")
+		c.wants("HTTP/1.1 101 Switching Protocols\r\n" + viaOne + fields + "\r\nfirst")
+		c.send("second")
+		up.wants("second")
+		c.CloseWrite()
+		up.wantsEnd()
+		up.Close()
+		wantsFields(t, p.recordFor(t, "request", o.addr), map[string]any{"close_reason": "client_closed", "http.response.status_code": 101.})
+	})
+	t.Run("large bodies", func(t *testing.T) {
+		echo := startEcho(t)
+		data, sum := random(7, 3<<20)
+		transport := &http.Transport{Proxy: http.ProxyURL(&url.URL{Scheme: "https", Host: p.addr}), TLSClientConfig: a.trusting()}
+		defer transport.CloseIdleConnections()
+		client := &http.Client{Transport: transport, Timeout: patience}
+		for _, body := range []io.Reader{bytes.NewReader(data), plainReader{bytes.NewReader(data)}} {
+			resp, err := client.Post(echo, "", body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if err != nil {
+				t.Fatal(err)
+			}
+			sameBytes(t, sum[:8], got, data)
+		}
+	})
+	t.Run("CONNECT", func(t *testing.T) {
+		inner := serveTLS(t, a, "secret")
+		conf := a.trusting()
+		transport := &http.Transport{Proxy: http.ProxyURL(&url.URL{Scheme: "https", Host: p.addr}), TLSClientConfig: conf}
+		defer transport.CloseIdleConnections()
+		resp, err := (&http.Client{Transport: transport, Timeout: patience}).Get("https://" + inner + "/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if b, _ := io.ReadAll(resp.Body); string(b) != "secret" {
+			t.Errorf("got %q", b)
+		}
+	})
+}
+
+// serveTLS answers https requests with text.
+func serveTLS(t *testing.T, a *authority, text string) (addr string) {
+	t.Helper()
+	cert, key := a.issue("origin")
+	pair, err := tls.X509KeyPair([]byte(cert), []byte(key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{pair}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, text) })}
+	go s.Serve(l)
+	t.Cleanup(func() { s.Close() })
+	return l.Addr().String()
+}
+
+// openTunnelTLS connects a client over TLS to an origin.
+func (p *testProxy) openTunnelTLS(t *testing.T, a *authority, o *testOrigin) (client *tlsPeer, origin *peer) {
+	t.Helper()
+	client = p.dialTLS(t, a.trusting12())
+	client.send("CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", o.addr, o.addr)
+	origin = o.accept()
+	client.wants("HTTP/1.1 200 Connection Established\r\n\r\n")
+	return client, origin
+}
+
+func TestTunnelOverTLS(t *testing.T) {
+	a := newAuthority(t)
+	p := startProxy(t, a.vars()...)
+	t.Run("the client closes first", func(t *testing.T) {
+		o := originFor(t, t)
+		c, up := p.openTunnelTLS(t, a, o)
+		c.send("question")
+		c.CloseWrite() // of TLS: no FIN
+		if got := up.all(); string(got) != "question" {
+			t.Errorf("got %q", got)
+		}
+		up.send("answer")
+		up.Close()
+		c.wants("answer")
+		c.wantsEnd(true)
+		wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "client_closed", "http.request.body.size": 8., "http.response.body.size": 6.})
+	})
+	t.Run("the origin closes first", func(t *testing.T) {
+		o := originFor(t, t)
+		c, up := p.openTunnelTLS(t, a, o)
+		up.send("greeting")
+		up.CloseWrite()
+		c.wants("greeting")
+		c.wantsEnd(true)
+		c.send("thanks")
+		up.wants("thanks")
+		c.Close()
+		up.wantsEnd()
+		wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "upstream_closed"})
+	})
+	t.Run("the origin resets", func(t *testing.T) {
+		o := originFor(t, t)
+		c, up := p.openTunnelTLS(t, a, o)
+		up.SetLinger(0)
+		up.Close()
+		c.wantsEnd(false)
+		wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "connection_error"})
+	})
+	t.Run("the client resets", func(t *testing.T) {
+		o := originFor(t, t)
+		c, up := p.openTunnelTLS(t, a, o)
+		c.socket.SetLinger(0)
+		c.socket.Close()
+		up.wantsReset()
+		wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "connection_error"})
+	})
+	t.Run("much both ways", func(t *testing.T) {
+		o := originFor(t, t)
+		c, up := p.openTunnelTLS(t, a, o)
+		down, upward := noise(2<<20, 1), noise(1<<20, 2)
+		sent := up.sending(down, true)
+		go func() { c.Write(upward); c.CloseWrite() }()
+		got := make(chan []byte, 1)
+		go func() { b, _ := io.ReadAll(c.br); got <- b }()
+		sameBytes(t, "up", up.all(), upward)
+		sameBytes(t, "down", <-got, down)
+		if err := <-sent; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A body that ends with the connection must end with TLS's goodbye when it is whole, and must not when it is not (RFC 9112, 9.8).
+func TestTLSEndsTellOfTruncation(t *testing.T) {
+	a := newAuthority(t)
+	p := startProxy(t, a.vars()...)
+	for _, whole := range []bool{true, false} {
+		t.Run(fmt.Sprint("whole: ", whole), func(t *testing.T) {
+			o := originFor(t, t)
+			c := p.dialTLS(t, a.trusting12())
+			c.send("%s", o.fill("GET http://{o}/ HTTP/1.0\r\nHost: {o}\r\n\r\n"))
+			up := o.accept()
+			up.head()
+			up.send("HTTP/1.1 200 OK\r\n" + date + "Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n")
+			if whole {
+				up.send("0\r\n\r\n")
+			} else {
+				up.Close()
+			}
+			resp, err := http.ReadResponse(c.br, nil)
+			if err != nil {
+				if whole {
+					t.Fatal(err)
+				}
+				return // the reset was faster
+			}
+			body, err := io.ReadAll(resp.Body)
+			if goodbye := c.socket.saidGoodbye(); goodbye != whole || (err == nil) != whole || string(body) != "hi" {
+				t.Errorf("got %q, %v, goodbye: %v", body, err, goodbye)
+			}
+		})
+	}
+	t.Run("the origin's length is not met", func(t *testing.T) {
+		o := originFor(t, t)
+		c := p.dialTLS(t, a.trusting12())
+		c.send("%s", o.fill(plainRequest))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhi")
+		up.Close()
+		resp, err := http.ReadResponse(c.br, nil)
+		if err == nil {
+			_, err = io.ReadAll(resp.Body)
+		}
+		if err == nil {
+			t.Error("looks complete")
+		}
+	})
+}
+
+// A client that leaves frees what it holds, also while its origin is slow.
+func TestTLSClientLeaves(t *testing.T) {
+	a := newAuthority(t)
+	p := startProxy(t, a.vars()...)
+	for name, leave := range map[string]func(c *tlsPeer){
+		"close": func(c *tlsPeer) { c.Close() },
+		"FIN":   func(c *tlsPeer) { c.socket.Close() },
+		"reset": func(c *tlsPeer) { c.socket.SetLinger(0); c.socket.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel() // they wait for hangupGrace
+			o := originFor(t, t)
+			c := p.dialTLS(t, a.trusting12())
+			c.send("%s", o.fill(plainRequest))
+			up := o.accept()
+			up.head()
+			leave(c)
+			up.wantsEnd()
+			wantsLogged(t, p.recordFor(t, "request", o.addr), 0, tokenClient)
+		})
+	}
+}
+
+// Idle connections end by IDLE_TIMEOUT, and not by another limit: the handshake's deadline is over when that is done.
+func TestTLSTimeouts(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	a := newAuthority(t)
+	t.Run("idle", func(t *testing.T) {
+		p := startProxy(t, a.vars("IDLE_TIMEOUT=200ms")...)
+		c, begun := p.dialTLS(t, a.trusting12()), time.Now()
+		c.wantsEnd(true)
+		if took := time.Since(begun); took < 150*time.Millisecond || took > 2*time.Second {
+			t.Errorf("ended after %v", took)
+		}
+	})
+	t.Run("none but the handshake's", func(t *testing.T) {
+		p := startProxy(t, a.vars("HEADER_TIMEOUT=300ms", "IDLE_TIMEOUT=0", "BODY_TIMEOUT=0")...)
+		o := originFor(t, t)
+		c := p.dialTLS(t, a.trusting12())
+		time.Sleep(400 * time.Millisecond)
+		c.send("%s", o.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: 4\r\n\r\nab"))
+		up := o.accept()
+		up.head()
+		up.wants("ab")
+		time.Sleep(400 * time.Millisecond)
+		c.send("cd")
+		up.wants("cd")
+		up.send(plainAnswer)
+		c.wants(plainGets)
+	})
+	t.Run("body", func(t *testing.T) {
+		p := startProxy(t, a.vars("BODY_TIMEOUT=200ms")...)
+		o := originFor(t, t)
+		c := p.dialTLS(t, a.trusting12())
+		c.send("%s", o.fill("POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: 4\r\n\r\nab"))
+		up := o.accept()
+		up.head()
+		up.wants("ab")
+		up.wantsEnd()
+		if resp, _ := c.response("POST"); resp.StatusCode != 408 {
+			t.Errorf("got %s", resp.Status)
+		}
+		c.wantsEnd(true)
+	})
+	t.Run("a client that does not read", func(t *testing.T) {
+		p := startProxy(t, a.vars("BODY_TIMEOUT=200ms")...)
+		o := originFor(t, t)
+		c := p.dialTLS(t, a.trusting())
+		c.send("%s", o.fill(plainRequest))
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", 64<<20)
+		up.sending(make([]byte, 64<<20), true)
+		p.recordFor(t, "request", o.addr)
+		begun := time.Now()
+		eventually(t, "the connection's end", func() bool { return p.metric(t, "sluice_client_connections") == 0 })
+		if took := time.Since(begun); took > 2*time.Second {
+			t.Errorf("the connection was kept for another %v", took)
+		}
+	})
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// HTTP/2: requests and responses
+
+// What a request over HTTP/2 is to its origin, and what the answer is to the client.
+func TestHTTP2Forwarding(t *testing.T) {
+	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
+		h := dial(t)
+		for _, e := range []struct {
+			name, method, path string
+			fields             []string
+			data               string // with END_STREAM; "-" = END_STREAM comes with the head
+			wants              string // what the origin gets
+			sends              string
+			status             int
+			body               string
+			head, trailer      map[string]string
+		}{
+			{name: "GET", method: "GET", path: "/a?b=c", data: "-", wants: "GET /a?b=c HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n", sends: plainAnswer,
+				status: 200, body: "hi", head: map[string]string{"via": "1.1 sluice-test", "content-length": "2", "date": "Tue, 15 Nov 1994 08:12:31 GMT", "content-type": "", "connection": ""}},
+			{name: "GET that ends with an empty frame", method: "GET", path: "/", wants: "GET / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n", sends: plainAnswer, status: 200, body: "hi"},
+			{name: "HEAD", method: "HEAD", path: "/", data: "-", wants: "HEAD / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n",
+				sends: "HTTP/1.1 200 OK\r\nContent-Length: 77\r\n\r\n", status: 200, head: map[string]string{"content-length": "77"}},
+			{name: "POST with a length", method: "POST", path: "/", fields: []string{"content-length", "5"}, data: "12345",
+				wants: "POST / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\nContent-Length: 5\r\n\r\n12345", sends: plainAnswer, status: 200, body: "hi"},
+			{name: "POST without", method: "POST", path: "/", data: "12345",
+				wants: "POST / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n0\r\n\r\n", sends: plainAnswer, status: 200, body: "hi"},
+			{name: "DELETE with a body", method: "DELETE", path: "/", data: "x",
+				wants: "DELETE / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n", sends: plainAnswer, status: 200, body: "hi"},
+			{name: "OPTIONS *", method: "OPTIONS", path: "*", data: "-", wants: "OPTIONS * HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n", sends: plainAnswer, status: 200, body: "hi"},
+			{name: "Host beside :authority", method: "GET", path: "/", fields: []string{"host", "other.test"}, data: "-",
+				wants: "GET / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n", sends: plainAnswer, status: 200, body: "hi"},
+			{name: "cookie crumbs", method: "GET", path: "/", fields: []string{"cookie", "a=1", "cookie", "b=2", "cookie", "c=3"}, data: "-",
+				wants: "GET / HTTP/1.1\r\nHost: {o}\r\nCookie: a=1; b=2; c=3\r\nVia: 2 sluice-test\r\n\r\n", sends: plainAnswer, status: 200, body: "hi"},
+			{name: "values in order", method: "GET", path: "/", fields: []string{"x-a", "1", "x-a", "2"}, data: "-",
+				wants: "GET / HTTP/1.1\r\nHost: {o}\r\nX-A: 1\r\nX-A: 2\r\nVia: 2 sluice-test\r\n\r\n", sends: plainAnswer, status: 200, body: "hi"},
+			{name: "TE", method: "GET", path: "/", fields: []string{"te", "trailers"}, data: "-",
+				wants: "GET / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\nTE: trailers\r\nConnection: TE\r\n\r\n", sends: plainAnswer, status: 200, body: "hi"},
+			{name: "credentials for the proxy", method: "GET", path: "/", fields: []string{"proxy-authorization", "Basic YTpi"}, data: "-",
+				wants: "GET / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n", sends: plainAnswer, status: 200, body: "hi"},
+			{name: "204", method: "GET", path: "/", data: "-", wants: "GET / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n",
+				sends: "HTTP/1.1 204 No Content\r\n\r\n", status: 204, head: map[string]string{"content-length": ""}},
+			{name: "304", method: "GET", path: "/", data: "-", wants: "GET / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n",
+				sends: "HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\nETag: \"x\"\r\n\r\n", status: 304, head: map[string]string{"etag": `"x"`}},
+			{name: "chunks and trailers", method: "GET", path: "/", data: "-", wants: "GET / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n",
+				sends:  "HTTP/1.1 200 OK\r\nTrailer: X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\nX-Sum: 7\r\nX-More: 8\r\n\r\n",
+				status: 200, body: "abcde", trailer: map[string]string{"x-sum": "7", "x-more": "8"}},
+			{name: "a field of the head is no trailer", method: "GET", path: "/", data: "-", wants: "GET / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n",
+				sends:  "HTTP/1.1 200 OK\r\nTrailer: X-Sum\r\nX-Sum: early\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
+				status: 200, body: "a", head: map[string]string{"x-sum": "early"}, trailer: map[string]string{"x-sum": ""}},
+			{name: "until the connection closes", method: "GET", path: "/", data: "-", wants: "GET / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n",
+				sends: "HTTP/1.0 200 OK\r\n\r\nall", status: 200, body: "all"},
+			{name: "hop-by-hop fields of the origin", method: "GET", path: "/", data: "-", wants: "GET / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\n\r\n",
+				sends:  "HTTP/1.1 200 OK\r\nConnection: close, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=1\r\nUpgrade: h2c\r\nContent-Length: 0\r\n\r\n",
+				status: 200, head: map[string]string{"connection": "", "x-hop": "", "keep-alive": "", "upgrade": ""}},
+		} {
+			t.Run(e.name, func(t *testing.T) {
+				o := originFor(t, t)
+				h.t = t
+				id := h.request(e.method, o.addr, e.path, e.data == "-", e.fields...)
+				if e.data != "-" {
+					h.data(id, true, e.data)
+				}
+				up := o.accept()
+				up.wants(o.fill(e.wants))
+				up.send("%s", e.sends)
+				up.CloseWrite()
+				s := h.wants(id, e.status, e.body)
+				for name, value := range e.head {
+					if got := s.head.Get(name); got != value {
+						t.Errorf("%s: got %q, want %q", name, got, value)
+					}
+				}
+				for name, value := range e.trailer {
+					if got := s.trailer.Get(name); got != value {
+						t.Errorf("trailer %s: got %q, want %q", name, got, value)
+					}
+				}
+				wantsFields(t, p.recordFor(t, "request", o.addr), map[string]any{"network.protocol.version": "2", "http.request.method": e.method,
+					"http.response.status_code": float64(e.status), "http.response.body.size": float64(len(e.body))})
+			})
+		}
+		h.t = t
+		h.wantsAlive()
+	})
+}
+
+// Bytes go on as they come, both ways at once: nothing waits for an end. What an origin says beforehand passes too.
+func TestHTTP2Streaming(t *testing.T) {
+	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
+		o, h := startOrigin(t), dial(t)
+		id := h.request("POST", o.addr, "/", false, "trailer", "x-sum")
+		h.data(id, false, "one")
+		up := o.accept()
+		up.wants(o.fill("POST / HTTP/1.1\r\nHost: {o}\r\nVia: 2 sluice-test\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n"))
+		up.send("HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\n\r\n")
+		s := h.stream(id)
+		h.until("the 103", func() bool { return len(s.statuses) > 0 || s.reset })
+		if link := s.head.Get("link"); s.statuses[0] != "103" || link != "</a>; rel=preload" {
+			t.Errorf("got %+v", *s)
+		}
+		up.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\neins\r\n"[:len("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nein")])
+		h.wantsBody(id, "ein")
+		if s.head.Get("link") != "" {
+			t.Error("a field of the 103 is in the 200")
+		}
+		h.data(id, false, "two")
+		up.wants("3\r\ntwo\r\n")
+		up.send("\r\n1\r\ns\r\n")
+		h.wantsBody(id, "eins")
+		h.headers(id, true, "x-sum", "6")
+		up.wants("0\r\nX-Sum: 6\r\n\r\n")
+		up.send("0\r\n\r\n")
+		h.wants(id, 200, "eins")
+	})
+}
+
+// What is no request of HTTP/2 (RFC 9113, 8) is not passed on, nor what would be another one in HTTP/1.1.
+func TestHTTP2Malformed(t *testing.T) {
+	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
+		whole, o := t, startOrigin(t)
+		plain := func(change ...string) (fields []string) { // the plainest request with changes
+			fields = []string{":method", "GET", ":scheme", "http", ":authority", o.addr, ":path", "/"}
+			for i := 0; i < len(change); i += 2 {
+				at := -1
+				for j := 0; j < len(fields); j += 2 {
+					if fields[j] == change[i] {
+						at = j
+					}
+				}
+				if at >= 0 && strings.HasPrefix(change[i], ":") {
+					fields[at+1] = change[i+1]
+				} else {
+					fields = append(fields, change[i], change[i+1])
+				}
+			}
+			return fields
+		}
+		cases := map[string][]string{
+			"a request in :path":        plain(":path", "/ HTTP/1.1\r\nHost: "+o.addr+"\r\n\r\nGET /evil"),
+			"a space in :path":          plain(":path", "/ HTTP/1.1"),
+			"a fragment in :path":       plain(":path", "/#x"),
+			"no slash in :path":         plain(":path", "x"),
+			"a URL in :path":            plain(":path", "http://"+o.addr+"/"),
+			"the host goes on in :path": plain(":authority", "127.0.0.1:1", ":path", "@"+o.addr+"/"),
+			"* for GET":                 plain(":path", "*"),
+			"an empty :path":            plain(":path", ""),
+			"another in :method":        plain(":method", "GET http://"+o.addr+"/ HTTP/1.1\r\nX: y"),
+			"a space in :method":        plain(":method", "GET http://"+o.addr+"/evil HTTP/1.1"),
+			"an empty :method":          plain(":method", ""),
+			"a path in :authority":      plain(":authority", o.addr+"/evil?"),
+			"user info in :authority":   plain(":authority", "a@"+o.addr),
+			"a line in :authority":      plain(":authority", o.addr+"\r\nX: y"),
+			"an empty :authority":       plain(":authority", ""),
+			"a zone in :authority":      plain(":authority", "[fe80::1%25lo]:80"),
+			"no :method":                plain()[2:],
+			"two Hosts":                 plain("host", o.addr, "host", "other.test"),
+			"two Hosts, no :authority":  {":method", "GET", ":scheme", "http", ":path", "/", "host", o.addr, "host", "other.test"},
+			"a line in a value":         plain("x", "y\r\nTransfer-Encoding: chunked"),
+			"LF in a value":             plain("x", "y\nz: 1"),
+			"CR in a value":             plain("x", "y\rz: 1"),
+			"NUL in a value":            plain("x", "y\x00"),
+			"a colon in a name":         plain("x:y", "1"),
+			"a line in a name":          plain("x: 1\r\ny", "1"),
+			"a space in a name":         plain("content-length ", "5"),
+			"capitals in a name":        plain("X-Y", "1"),
+			"an empty name":             plain("", "1"),
+			"Transfer-Encoding":         plain("transfer-encoding", "chunked"),
+			"Connection":                plain("connection", "close"),
+			"Proxy-Connection":          plain("proxy-connection", "keep-alive"),
+			"Keep-Alive":                plain("keep-alive", "timeout=1"),
+			"Upgrade":                   plain("upgrade", "websocket"),
+			"TE of HTTP/1":              plain("te", "gzip"),
+			"an unknown pseudo field":   append([]string{":evil", "1"}, plain()...),
+			"a pseudo field at the end": plain("x", "y", ":status", "200"),
+			"a repeated pseudo field":   append([]string{":path", "/"}, plain()...),
+			"a signed Content-Length":   plain("content-length", "+5"),
+			"two Content-Lengths":       plain("content-length", "0", "content-length", "5"),
+			"a list as Content-Length":  plain("content-length", "5, 5"),
+			"an empty Content-Length":   plain("content-length", ""),
+			"a Content-Length too long": plain("content-length", "99999999999999999999"),
+			"CONNECT with a path":       {":method", "CONNECT", ":authority", o.addr, ":path", "/", ":scheme", "http"},
+			"CONNECT without a port":    {":method", "CONNECT", ":authority", "127.0.0.1"},
+			"CONNECT to a URL":          {":method", "CONNECT", ":authority", "http://" + o.addr + "/"},
+			"CONNECT with a line":       {":method", "CONNECT", ":authority", o.addr + " HTTP/1.1\r\nX: y"},
+			"CONNECT with a length":     {":method", "CONNECT", ":authority", o.addr, "content-length", "5"},
+		}
+		for name, fields := range cases {
+			t.Run(name, func(t *testing.T) {
+				h := dial(t)
+				id := h.open(true, fields...)
+				s := h.stream(id)
+				for h.read() && !s.ended && !s.reset && h.away == nil {
+				}
+				switch {
+				case s.ended && s.statuses[0] != "400" && s.statuses[0] != "501":
+					t.Errorf("answered %v %q", s.statuses, s.body)
+				case errors.Is(h.err, os.ErrDeadlineExceeded):
+					t.Error("nothing came")
+				}
+			})
+		}
+		o.t = whole
+		o.wantsNone()
+	})
+}
+
+// A body that is not as long as was said is never passed on as if it were.
+func TestHTTP2BodyLengths(t *testing.T) {
+	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
+		for name, e := range map[string]struct{ length, data string }{"less": {"5", "123"}, "more": {"2", "123"}, "none": {"5", ""}, "none wanted": {"0", "123"}} {
+			t.Run(name, func(t *testing.T) {
+				o, h := originFor(t, t), dial(t)
+				got := make(chan []byte, 1)
+				go func() {
+					c, err := o.Accept()
+					if err != nil {
+						got <- nil
+						return
+					}
+					defer c.Close()
+					c.SetDeadline(time.Now().Add(patience))
+					b, _ := io.ReadAll(c)
+					got <- b
+				}()
+				id := h.request("POST", o.addr, "/", false, "content-length", e.length)
+				h.data(id, true, e.data)
+				if s := h.stream(id); true {
+					for h.read() && !s.ended && !s.reset && h.away == nil {
+					}
+					if s.ended && s.statuses[0] == "200" {
+						t.Errorf("answered %+v", *s)
+					}
+				}
+				h.conn.Close()
+				time.AfterFunc(50*time.Millisecond, func() { o.Close() })
+				if sent := <-got; e.length != "0" && isMessage(sent) {
+					t.Errorf("the origin got a whole request: %q", sent)
+				} else if bytes.Contains(sent, []byte("123")) && e.length == "0" {
+					t.Errorf("the origin got %q", sent)
+				}
+			})
+		}
+	})
+}
+
+// Large bodies both ways at once, with many streams.
+func TestHTTP2BigBodies(t *testing.T) {
+	a := newAuthority(t)
+	p := startProxy(t, a.vars()...)
+	echo := startEcho(t)
+	data, _ := random(9, 512<<10)
+	for name, conf := range map[string]*tls.Config{"h2c": nil, "TLS": a.trusting("h2")} {
+		t.Run(name, func(t *testing.T) {
+			client := p.throughH2(t, conf)
+			errs := make(chan error)
+			for i := range 8 {
+				go func() {
+					var body io.Reader = bytes.NewReader(data)
+					if i%2 == 1 {
+						body = plainReader{body}
+					}
+					resp, err := client.Post(echo+[]string{"", "?chunked"}[i/2%2], "", body)
+					if err == nil {
+						defer resp.Body.Close()
+						var got []byte
+						if got, err = io.ReadAll(resp.Body); err == nil && !bytes.Equal(got, data) {
+							err = fmt.Errorf("request %d: got %d bytes that differ", i, len(got))
+						}
+					}
+					errs <- err
+				}()
+			}
+			for range 8 {
+				if err := <-errs; err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+// Who reads slowly holds up who sends: the proxy holds no more than windows and the kernel's buffers do.
+func TestHTTP2BackPressure(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
+		const much = 64 << 20
+		t.Run("of the client", func(t *testing.T) {
+			o, h := originFor(t, t), dial(t)
+			id := h.request("GET", o.addr, "/", true)
+			up := o.accept()
+			up.head()
+			up.send("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", much)
+			up.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+			n, err := up.Write(make([]byte, much))
+			if err == nil || n > 16<<20 {
+				t.Errorf("the proxy took %d bytes, %v", n, err)
+			}
+			h.WriteRSTStream(id, http2.ErrCodeCancel)
+			up.wantsEnd()
+		})
+		t.Run("of the origin", func(t *testing.T) {
+			o, h := originFor(t, t), dial(t)
+			id := h.connect(o.addr)
+			o.accept()
+			h.wantsTunnel(id)
+			h.until("the settings", func() bool { return h.offered[http2.SettingInitialWindowSize] > 0 })
+			if window := h.offered[http2.SettingInitialWindowSize]; window > 1<<20 {
+				t.Errorf("a stream may send %d bytes ahead", window)
+			}
+			other := originFor(t, t) // whom that must not hold up
+			h.data(id, false, strings.Repeat("x", 16<<10))
+			get := h.request("GET", other.addr, "/", true)
+			up := other.accept()
+			up.head()
+			up.send(plainAnswer)
+			h.wants(get, 200, "hi")
+		})
+	})
+}
+
+// What an origin did not finish has no end on its stream, and what a client gave up is given up.
+func TestHTTP2Ends(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
+		h := dial(t)
+		for name, answer := range map[string]string{
+			"a length that is not met": "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhi",
+			"a last chunk missing":     "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n",
+			"a chunk cut":              "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhi",
+		} {
+			t.Run(name, func(t *testing.T) {
+				o := originFor(t, t)
+				h.t = t
+				id := h.request("GET", o.addr, "/", true)
+				up := o.accept()
+				up.head()
+				up.send("%s", answer)
+				up.Close()
+				h.wantsReset(id)
+				h.wantsAlive()
+			})
+		}
+		t.Run("an origin that resets", func(t *testing.T) {
+			o := originFor(t, t)
+			h.t = t
+			id := h.request("GET", o.addr, "/", true)
+			up := o.accept()
+			up.head()
+			up.send("HTTP/1.0 200 OK\r\n\r\nhi")
+			h.wantsBody(id, "hi")
+			up.SetLinger(0)
+			up.Close()
+			h.wantsReset(id)
+		})
+		for name, leave := range map[string]func(h *rawH2, id uint32){
+			"RST_STREAM":        func(h *rawH2, id uint32) { h.WriteRSTStream(id, http2.ErrCodeCancel) },
+			"the connection":    func(h *rawH2, _ uint32) { h.conn.Close() },
+			"a broken protocol": func(h *rawH2, _ uint32) { h.WriteRawFrame(http2.FrameData, 0, 0, []byte("x")) },
+		} {
+			t.Run("the client gives up by "+name, func(t *testing.T) {
+				t.Parallel() // net/http ends a connection a second after it has said what was wrong
+				o, h := originFor(t, t), dial(t)
+				id := h.request("GET", o.addr, "/", true)
+				up := o.accept()
+				up.head()
+				leave(h, id)
+				up.wantsEnd()
+				wantsLogged(t, p.recordFor(t, "request", o.addr), 0, tokenClient)
+			})
+		}
+		t.Run("the client gives up its body", func(t *testing.T) {
+			o := originFor(t, t)
+			h.t = t
+			id := h.request("POST", o.addr, "/", false, "content-length", "5")
+			h.data(id, false, "123")
+			up := o.accept()
+			up.head()
+			up.wants("123")
+			h.WriteRSTStream(id, http2.ErrCodeCancel)
+			up.wantsEnd()
+			wantsLogged(t, p.recordFor(t, "request", o.addr), 0, tokenClient)
+			h.wantsAlive()
+		})
+		t.Run("the origin answers before it has all", func(t *testing.T) {
+			o := originFor(t, t)
+			h.t = t
+			id := h.request("POST", o.addr, "/", false, "content-length", "5")
+			h.data(id, false, "123")
+			up := o.accept()
+			up.head()
+			up.send("HTTP/1.1 413 Too Much\r\nContent-Length: 2\r\n\r\nno")
+			h.wants(id, 413, "no")
+			h.wantsAlive()
+		})
+	})
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// HTTP/2: tunnels
+
+func TestHTTP2Tunnels(t *testing.T) {
+	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
+		h := dial(t)
+		open := func(t *testing.T) (o *testOrigin, id uint32, up *peer) {
+			o = originFor(t, t)
+			h.t = t
+			id = h.connect(o.addr)
+			up = o.accept()
+			h.wantsTunnel(id)
+			return o, id, up
+		}
+		t.Run("the client ends first", func(t *testing.T) {
+			o, id, up := open(t)
+			h.data(id, false, "ask")
+			up.wants("ask")
+			h.data(id, true, " more")
+			if got := up.all(); string(got) != " more" {
+				t.Errorf("got %q", got)
+			}
+			up.send("answer")
+			h.wantsBody(id, "answer") // the other way is still open
+			up.Close()
+			h.wants(id, 200, "answer")
+			wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "client_closed", "network.protocol.version": "2",
+				"http.request.body.size": 8., "http.response.body.size": 6.})
+		})
+		t.Run("the origin ends first", func(t *testing.T) {
+			o, id, up := open(t)
+			up.send("bye")
+			up.CloseWrite()
+			h.wants(id, 200, "bye")
+			wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "upstream_closed", "http.response.body.size": 3.})
+		})
+		t.Run("the origin resets", func(t *testing.T) {
+			o, id, up := open(t)
+			up.SetLinger(0)
+			up.Close()
+			h.wantsReset(id)
+			wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "connection_error"})
+		})
+		t.Run("the client resets", func(t *testing.T) {
+			for range 20 { // what notices it first is chance
+				o, id, up := open(t)
+				h.data(id, false, "x")
+				up.wants("x") // earlier there is a request that was given up, not a tunnel
+				h.WriteRSTStream(id, http2.ErrCodeCancel)
+				if up.wantsReset(); t.Failed() {
+					return
+				}
+				wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "connection_error"})
+			}
+		})
+		t.Run("END_STREAM with the request", func(t *testing.T) {
+			o := originFor(t, t)
+			h.t = t
+			id := h.open(true, ":method", "CONNECT", ":authority", o.addr)
+			up := o.accept()
+			if got := up.all(); len(got) > 0 {
+				t.Errorf("got %q", got)
+			}
+			up.send("late")
+			up.Close()
+			h.wants(id, 200, "late")
+		})
+		t.Run("many", func(t *testing.T) {
+			o := originFor(t, t)
+			h.t = t
+			ids, ups := make([]uint32, 50), map[string]*peer{}
+			for i := range ids {
+				ids[i] = h.connect(o.addr)
+				h.data(ids[i], false, fmt.Sprintf("%03d", i))
+			}
+			for range ids {
+				up := o.accept()
+				name := make([]byte, 3)
+				io.ReadFull(up.br, name)
+				ups[string(name)] = up
+			}
+			if len(ups) != len(ids) {
+				t.Fatalf("%d tunnels of %d", len(ups), len(ids))
+			}
+			for i, id := range ids {
+				ups[fmt.Sprintf("%03d", i)].send("<%d>", i)
+				h.wantsBody(id, fmt.Sprintf("<%d>", i))
+			}
+			if n := p.metric(t, "sluice_tunnels"); n < float64(len(ids)) {
+				t.Errorf("%v tunnels are counted", n)
+			}
+			h.conn.Close()
+			for _, up := range ups {
+				up.wantsReset()
+			}
+		})
+	})
+}
+
+// WebSockets are tunnels of extended CONNECT (RFC 8441). net/http offers that only when asked before it starts.
+func TestHTTP2WebSocket(t *testing.T) {
+	if !again(t, "env", "GODEBUG=http2xconnect=1", os.Args[0], "-test.run", "^"+t.Name()+"$", "-test.v") {
+		return
+	}
+	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
+		h := dial(t)
+		ask := func(o *testOrigin, path string, fields ...string) uint32 {
+			return h.open(false, append([]string{":method", "CONNECT", ":protocol", "websocket", ":scheme", "http", ":authority", o.addr, ":path", path,
+				"sec-websocket-version", "13", "sec-websocket-protocol", "chat"}, fields...)...)
+		}
+		h.until("the settings", func() bool { return len(h.offered) > 0 })
+		if h.offered[http2.SettingEnableConnectProtocol] != 1 {
+			t.Fatalf("extended CONNECT is not offered: %v", h.offered)
+		}
+		upgrade := func(t *testing.T, o *testOrigin, accepts func(key string) string) (up *peer) {
+			up = o.accept()
+			req, err := http.ReadRequest(up.br)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if req.Method != "GET" || req.URL.Path != "/chat" || req.Host != o.addr || req.Header.Get("Upgrade") != "websocket" || req.Header.Get("Sec-Websocket-Protocol") != "chat" ||
+				len(req.Header["Sec-Websocket-Key"]) != 1 {
+				t.Errorf("the origin got %+v", req)
+			}
+			up.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Protocol: chat\r\nSec-WebSocket-Accept: %s\r\n\r\n",
+				accepts(req.Header.Get("Sec-Websocket-Key")))
+			return up
+		}
+		t.Run("accepted", func(t *testing.T) {
+			o := originFor(t, t)
+			h.t = t
+			id := ask(o, "/chat", "sec-websocket-key", "AAAAAAAAAAAAAAAAAAAAAA==") // some clients send one: it is this hop's that counts
+			up := upgrade(t, o, acceptKey)
+			h.wantsTunnel(id)
+			if s := h.stream(id); s.head.Get("sec-websocket-protocol") != "chat" || s.head.Get("sec-websocket-accept")+s.head.Get("upgrade")+s.head.Get("connection") != "" {
+				t.Errorf("got %v", s.head)
+			}
+			h.data(id, false, "frame")
+			up.wants("frame")
+			up.send("other")
+			h.wantsBody(id, "other")
+			h.data(id, true, "")
+			up.wantsEnd()
+			up.Close()
+			h.wants(id, 200, "other")
+		})
+		t.Run("the key is not answered", func(t *testing.T) {
+			o := originFor(t, t)
+			h.t = t
+			id := ask(o, "/chat")
+			up := upgrade(t, o, func(string) string { return "bm8=" })
+			h.wantsRefusal(id, 502, "http_protocol_error")
+			up.wantsEnd()
+		})
+		t.Run("the origin says no", func(t *testing.T) {
+			o := originFor(t, t)
+			h.t = t
+			id := ask(o, "/")
+			up := o.accept()
+			up.head()
+			up.send("HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno")
+			h.wants(id, 404, "no")
+		})
+		t.Run("another protocol", func(t *testing.T) {
+			h.t = t
+			id := h.open(false, ":method", "CONNECT", ":protocol", "connect-ip", ":scheme", "http", ":authority", "127.0.0.1:1", ":path", "/")
+			h.wantsRefusal(id, 501, tokenRequest)
+		})
+		t.Run("no path", func(t *testing.T) {
+			o := originFor(t, t)
+			h.t = t
+			id := ask(o, "x:1")
+			s := h.stream(id)
+			h.until("an answer", func() bool { return s.ended || s.reset })
+			if !s.reset && s.statuses[0] != "400" {
+				t.Errorf("got %+v", *s)
+			}
+			o.wantsNone()
+		})
+	})
+}
+
+// acceptKey is what an origin answers to a WebSocket's key (RFC 6455, 4.2.2).
+func acceptKey(key string) string {
+	sum := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	return base64.StdEncoding.EncodeToString(sum[:])
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// HTTP/2: limits
+
+// Every refusal is told on its stream alone, with Proxy-Status, whether CONNECT or not.
+func TestHTTP2Refusals(t *testing.T) {
+	p := startProxy(t, "DENY_HOSTS=denied.test", "MAX_REQUEST_BODY=10", "MAX_RESPONSE_BODY=20", "MAX_TUNNELS=2", "MAX_HEADER=2KiB")
+	h := p.dialH2(t, nil)
+	dead := occupied(t)
+	closed := freeAddr(t)
+	t.Run("by rule", func(t *testing.T) {
+		h.t = t
+		h.wantsRefusal(h.request("GET", "denied.test", "/", true), 403, tokenDenied)
+		h.wantsRefusal(h.connect("denied.test:443"), 403, tokenDenied)
+		h.wantsRefusal(h.connect("10.0.0.1:443"), 403, tokenProhibited)
+		h.wantsRefusal(h.request("GET", closed, "/", true), 502, tokenRefused)
+		h.wantsRefusal(h.connect(closed), 502, tokenRefused)
+		h.wantsRefusal(h.connect(p.addr), 502, tokenLoop)
+		h.wantsRefusal(h.request("GET", dead, "/", true, "via", "1.1 sluice-test"), 502, tokenLoop)
+		if s := h.wants(h.request("HEAD", "denied.test", "/", true), 403, ""); !strings.Contains(s.head.Get("proxy-status"), tokenDenied) {
+			t.Errorf("HEAD was answered with %v", s.head)
+		}
+	})
+	t.Run("MAX_TUNNELS counts streams", func(t *testing.T) {
+		o, other := originFor(t, t), originFor(t, t)
+		h.t = t
+		first, second := h.connect(o.addr), h.connect(other.addr)
+		o.accept()
+		up := other.accept()
+		h.wantsTunnel(first)
+		h.wantsTunnel(second)
+		h.wantsRefusal(h.connect(dead), 503, tokenLimit)
+		h.WriteRSTStream(first, http2.ErrCodeCancel)
+		p.recordFor(t, "tunnel", o.addr)
+		third := h.connect(o.addr)
+		o.accept()
+		h.wantsTunnel(third)
+		up.send("still")
+		h.wantsBody(second, "still")
+		h.WriteRSTStream(second, http2.ErrCodeCancel)
+		h.WriteRSTStream(third, http2.ErrCodeCancel)
+	})
+	t.Run("MAX_REQUEST_BODY", func(t *testing.T) {
+		o := originFor(t, t)
+		h.t = t
+		id := h.request("POST", o.addr, "/", false, "content-length", "11")
+		h.wantsRefusal(id, 413, tokenRequest)
+		o.wantsNone()
+		id = h.request("POST", o.addr, "/", false)
+		h.data(id, false, "0123456789a")
+		up := o.accept()
+		h.wantsRefusal(id, 413, tokenRequest)
+		if sent, _ := io.ReadAll(up.br); isMessage(sent) {
+			t.Errorf("the origin got a whole request: %q", sent)
+		}
+	})
+	t.Run("MAX_RESPONSE_BODY", func(t *testing.T) {
+		o := originFor(t, t)
+		h.t = t
+		id := h.request("GET", o.addr, "/", true)
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: 21\r\n\r\n")
+		h.wantsRefusal(id, 502, tokenBodySize)
+		id = h.request("GET", o.addr, "/", true)
+		up = o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+		h.wantsBody(id, "a")
+		up.send("14\r\n01234567890123456789\r\n0\r\n\r\n")
+		h.wantsReset(id)
+	})
+	t.Run("MAX_HEADER", func(t *testing.T) {
+		h.t = t
+		h.until("the settings", func() bool { return len(h.offered) > 0 })
+		id := h.request("GET", dead, "/"+strings.Repeat("x", 2100), true)
+		s := h.stream(id)
+		h.until("an answer", func() bool { return s.ended || s.reset })
+		if !s.reset && s.statuses[0] != "431" && s.statuses[0] != "414" {
+			t.Errorf("got %+v", *s)
+		}
+	})
+	h.t = t
+	h.wantsAlive()
+}
+
+// Credentials are those of each stream, not of the connection; RATE counts streams.
+func TestHTTP2WhoMayAsk(t *testing.T) {
+	p := startProxy(t, "USERS=alice:secret", "RATE=1", "RATE_BURST=5")
+	o, h := startOrigin(t), p.dialH2(t, nil)
+	know := []string{"proxy-authorization", strings.TrimPrefix(basic("alice:secret"), "Proxy-Authorization: ")}
+	know[1] = strings.TrimSpace(know[1])
+	id := h.request("GET", o.addr, "/", true, know...)
+	up := o.accept()
+	if head := up.head(); strings.Contains(strings.ToLower(head), "authorization") {
+		t.Errorf("the origin got %q", head)
+	}
+	up.send(plainAnswer)
+	h.wants(id, 200, "hi")
+	wantsFields(t, p.recordFor(t, "request", o.addr), map[string]any{"user.name": "alice"})
+	if s := h.wantsRefusal(h.request("GET", o.addr, "/", true), 407, tokenDenied); !strings.HasPrefix(s.head.Get("proxy-authenticate"), "Basic realm=") {
+		t.Errorf("got %v", s.head)
+	}
+	h.wantsRefusal(h.connect(o.addr), 407, tokenDenied)
+	know[1] = strings.TrimSpace(strings.TrimPrefix(basic("alice:wrong"), "Proxy-Authorization: "))
+	h.wantsRefusal(h.connect(o.addr, know...), 407, tokenDenied)
+	h.wantsRefusal(h.connect(o.addr), 407, tokenDenied)
+	if s := h.wantsRefusal(h.connect(o.addr), 429, tokenDenied); s.head.Get("retry-after") == "" {
+		t.Errorf("got %v", s.head)
+	}
+}
+
+func TestHTTP2Timeouts(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	p := startProxy(t, "BODY_TIMEOUT=250ms", "RESPONSE_TIMEOUT=250ms", "TUNNEL_IDLE_TIMEOUT=250ms", "TUNNEL_HALF_CLOSE_TIMEOUT=100ms", "HEADER_TIMEOUT=300ms", "IDLE_TIMEOUT=400ms")
+	patient := startProxy(t, "BODY_TIMEOUT=250ms")
+	start := func(t *testing.T, settings ...http2.Setting) (*testOrigin, *rawH2, func()) {
+		t.Parallel()
+		o, h, begun := originFor(t, t), p.dialH2(t, nil, settings...), time.Now()
+		return o, h, func() {
+			t.Helper()
+			if took := time.Since(begun); took < 80*time.Millisecond || took > 1500*time.Millisecond {
+				t.Errorf("took %v", took)
+			}
+		}
+	}
+	t.Run("no response", func(t *testing.T) {
+		o, h, timely := start(t)
+		id := h.request("GET", o.addr, "/", true)
+		o.accept()
+		h.wantsRefusal(id, 504, tokenResponseTimeout)
+		timely()
+	})
+	t.Run("a response that stops", func(t *testing.T) {
+		o, h, timely := start(t)
+		id := h.request("GET", o.addr, "/", true)
+		up := o.accept()
+		up.head()
+		up.send("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi")
+		h.wantsReset(id)
+		timely()
+		wantsLogged(t, p.recordFor(t, "request", o.addr), 0, tokenResponseTimeout)
+	})
+	t.Run("a request that stops", func(t *testing.T) {
+		o, h, timely := start(t)
+		id := h.request("POST", o.addr, "/", false, "content-length", "5")
+		h.data(id, false, "123")
+		up := o.accept()
+		h.wantsRefusal(id, 408, tokenRequest)
+		up.head()
+		up.wants("123")
+		up.wantsEnd()
+		timely()
+	})
+	t.Run("a GET whose end does not come", func(t *testing.T) {
+		_, h, timely := start(t)
+		h.wantsRefusal(h.request("GET", occupied(t), "/", false), 408, tokenRequest)
+		timely()
+	})
+	t.Run("an idle tunnel", func(t *testing.T) {
+		o, h, timely := start(t)
+		id := h.connect(o.addr)
+		up := o.accept()
+		h.wantsTunnel(id)
+		up.wantsEnd()
+		s := h.stream(id)
+		h.until("the end", func() bool { return s.ended || s.reset })
+		timely()
+		wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "idle_timeout"})
+	})
+	t.Run("half a tunnel", func(t *testing.T) {
+		o, h, timely := start(t)
+		id := h.connect(o.addr)
+		o.accept()
+		h.wantsTunnel(id)
+		h.data(id, true, "")
+		s := h.stream(id)
+		h.until("the end", func() bool { return s.ended || s.reset })
+		timely()
+		wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "half_close_timeout"})
+	})
+	// A client that opens no window holds a goroutine for each stream, as one of HTTP/1.1 does that does not read: not for ever.
+	for name, answer := range map[string]string{
+		"a short answer":            plainAnswer,
+		"a long one":                "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + strings.Repeat("x", 100000),
+		"the front of a short one":  "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhi",
+		"chunks and trailers, too":  "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nX-A: b\r\n\r\n",
+		"until the connection ends": "HTTP/1.0 200 OK\r\n\r\nhi",
+	} {
+		t.Run("a shut window and "+name, func(t *testing.T) {
+			o, h, timely := start(t, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+			id := h.request("GET", o.addr, "/", true)
+			up := o.accept()
+			up.head()
+			up.sending([]byte(answer), true)
+			h.wantsReset(id)
+			timely()
+		})
+	}
+	t.Run("a shut window and a tunnel", func(t *testing.T) {
+		o, h, timely := start(t, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+		id := h.connect(o.addr)
+		up := o.accept()
+		h.wantsTunnel(id)
+		up.send("hi")
+		h.wantsReset(id)
+		timely()
+	})
+	t.Run("a tunnel whose client pauses", func(t *testing.T) { // BODY_TIMEOUT is not for it
+		t.Parallel()
+		o, h := originFor(t, t), patient.dialH2(t, nil, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+		id := h.connect(o.addr)
+		up := o.accept()
+		h.wantsTunnel(id)
+		up.send("hi")
+		time.Sleep(500 * time.Millisecond)
+		h.WriteWindowUpdate(id, 100)
+		h.wantsBody(id, "hi")
+	})
+	t.Run("a refusal that is not taken", func(t *testing.T) {
+		_, h, timely := start(t, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+		h.wantsReset(h.connect("10.0.0.1:80"))
+		timely()
+	})
+	t.Run("nothing asked", func(t *testing.T) {
+		_, h, timely := start(t)
+		h.until("GOAWAY", func() bool { return h.away != nil })
+		timely()
+	})
+}
+
+// The preface may be slow, but not for ever.
+func TestSlowPreface(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	p := startProxy(t, "HEADER_TIMEOUT=300ms")
+	for _, n := range []int{1, 3, 10, len(http2.ClientPreface) - 1} {
+		t.Run(fmt.Sprint(n, " bytes"), func(t *testing.T) {
+			t.Parallel()
+			c, begun := p.dial(t), time.Now()
+			c.send("%s", http2.ClientPreface[:n])
+			c.wantsRefusal("GET", 408, tokenRequest, "SLUICE_HEADER_TIMEOUT")
+			c.wantsEnd()
+			if took := time.Since(begun); took < 250*time.Millisecond || took > 1500*time.Millisecond {
+				t.Errorf("took %v", took)
+			}
+		})
+	}
+	t.Run("byte by byte", func(t *testing.T) {
+		c := p.dial(t)
+		for _, b := range []byte(http2.ClientPreface) {
+			c.send("%c", b)
+		}
+		h := http2.NewFramer(c, c.br)
+		h.WriteSettings()
+		if f, err := h.ReadFrame(); err != nil || f.Header().Type != http2.FrameSettings {
+			t.Errorf("got %v, %v", f, err)
+		}
+	})
+	t.Run("HTTP/1.1 that begins like it", func(t *testing.T) {
+		o := originFor(t, t)
+		c := p.dial(t)
+		c.send("P")
+		time.Sleep(20 * time.Millisecond)
+		c.send("%s", o.fill("UT http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: 1\r\n\r\nx"))
+		up := o.accept()
+		up.wants(o.fill("PUT / HTTP/1.1\r\nHost: {o}\r\n" + viaOne + "Content-Length: 1\r\n\r\nx"))
+		up.send(plainAnswer)
+		c.wants(plainGets)
+		c.wantsInSync()
+	})
+	t.Run("almost", func(t *testing.T) {
+		c := p.dial(t)
+		c.send("PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n")
+		c.wantsRefusal("GET", 400, tokenRequest)
+	})
+}
+
+// What costs a client little must not cost the proxy much.
+func TestHTTP2Floods(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	p := startProxy(t)
+	used := func() (goroutines int, memory uint64) {
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return runtime.NumGoroutine(), m.HeapInuse
+	}
+	// flood sends until the connection ends or enough was sent, and watches what that takes.
+	flood := func(t *testing.T, h *rawH2, rounds int, send func() error) (ended bool) {
+		t.Helper()
+		goroutines, memory := used()
+		gone := make(chan struct{})
+		go func() {
+			defer close(gone)
+			io.Copy(io.Discard, h.conn) // what the proxy asks for, it does not get
+		}()
+		h.conn.SetWriteDeadline(time.Now().Add(patience))
+		for i := range rounds {
+			if err := send(); err != nil {
+				ended = true
+				break
+			}
+			if i%512 == 0 {
+				if g, m := used(); g > goroutines+2000 || m > memory+128<<20 {
+					t.Fatalf("after %d rounds: %d goroutines (%d before), %d MiB (%d before)", i, g, goroutines, m>>20, memory>>20)
+				}
+			}
+		}
+		h.conn.Close()
+		<-gone
+		eventually(t, "goroutines to end", func() bool { g, _ := used(); return g <= goroutines+5 })
+		return ended
+	}
+	alive := func(t *testing.T) { t.Helper(); h := p.dialH2(t, nil); h.wantsAlive(); h.conn.Close() }
+
+	t.Run("rapid reset", func(t *testing.T) {
+		o := originFor(t, t)
+		var dials atomic.Int64
+		go func() {
+			for {
+				c, err := o.Accept()
+				if err != nil {
+					return
+				}
+				dials.Add(1)
+				go answerAll(c)
+			}
+		}()
+		for _, method := range []string{"GET", "CONNECT"} {
+			h, n := p.dialH2(t, nil), 0
+			flood(t, h, 10_000, func() error {
+				id, err := h.tryOpen(method, o.addr)
+				if n++; n%3 == 0 { // some get near their end before
+					runtime.Gosched()
+				}
+				return errors.Join(err, h.WriteRSTStream(id, http2.ErrCodeCancel))
+			})
+		}
+		t.Logf("%d dials", dials.Load())
+		alive(t)
+		if n := p.metric(t, "sluice_tunnels"); n != 0 {
+			t.Errorf("%v tunnels are left", n)
+		}
+	})
+	t.Run("resets at the end", func(t *testing.T) { // when a stream's handler has just returned
+		o := originFor(t, t)
+		go func() {
+			for {
+				c, err := o.Accept()
+				if err != nil {
+					return
+				}
+				go answerAll(c)
+			}
+		}()
+		h := p.dialH2(t, nil)
+		for range 1500 {
+			id := h.request("GET", o.addr, "/", true)
+			s := h.stream(id)
+			h.until("a head", func() bool { return len(s.statuses) > 0 || s.reset })
+			h.WriteRSTStream(id, http2.ErrCodeCancel)
+		}
+		h.wantsAlive()
+		h.conn.Close()
+	})
+	t.Run("resets provoked by window updates", func(t *testing.T) {
+		h := p.dialH2(t, nil)
+		flood(t, h, 5_000, func() error {
+			id, err := h.tryOpen("GET", "10.0.0.1")
+			return errors.Join(err, h.WriteWindowUpdate(id, 1<<31-1), h.WriteWindowUpdate(id, 1<<31-1))
+		})
+		alive(t)
+	})
+	t.Run("CONTINUATION without end", func(t *testing.T) {
+		h := p.dialH2(t, nil)
+		h.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: nil})
+		if !flood(t, h, 20_000, func() error { return h.WriteContinuation(1, false, bytes.Repeat([]byte{0x40, 1, 'a', 1, 'b'}, 800)) }) {
+			t.Error("80 MB of a head were taken")
+		}
+		alive(t)
+	})
+	t.Run("a header bomb", func(t *testing.T) {
+		h := p.dialH2(t, nil)
+		h.block.Reset()
+		h.enc.WriteField(hpack.HeaderField{Name: "a", Value: strings.Repeat("x", 4000)})
+		h.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: h.block.Bytes(), EndHeaders: true, EndStream: true})
+		bomb := bytes.Repeat([]byte{0x80 | 62}, 16_000) // each is that field
+		id := uint32(1)
+		flood(t, h, 50, func() error {
+			id += 2
+			return h.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: bomb, EndHeaders: true, EndStream: true})
+		})
+		alive(t)
+	})
+	for name, send := range map[string]func(h *rawH2) error{
+		"SETTINGS": func(h *rawH2) error {
+			return h.WriteSettings(http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1 << 15})
+		},
+		"PING":        func(h *rawH2) error { return h.WritePing(false, [8]byte{}) },
+		"empty DATA":  func(h *rawH2) error { return h.WriteData(1, false, nil) },
+		"PRIORITY":    func(h *rawH2) error { return h.WritePriority(3, http2.PriorityParam{StreamDep: 1}) },
+		"an unknown":  func(h *rawH2) error { return h.WriteRawFrame(0xf0, 0, 1, []byte("x")) },
+		"empty heads": func(h *rawH2) error { _, err := h.tryOpen("", ""); return err },
+	} {
+		t.Run(name, func(t *testing.T) {
+			o, h := originFor(t, t), p.dialH2(t, nil)
+			if name != "empty heads" {
+				h.connect(o.addr)
+			}
+			flood(t, h, 10_000, func() error { return send(h) })
+			alive(t)
+		})
+	}
+}
+
+// tryOpen begins a stream on a connection that may have ended.
+func (h *rawH2) tryOpen(method, authority string) (id uint32, err error) {
+	h.block.Reset()
+	fields := []string{":method", method, ":authority", authority, ":scheme", "http", ":path", "/"}
+	if method == "CONNECT" {
+		fields = fields[:4]
+	}
+	for i := 0; i < len(fields) && method != ""; i += 2 {
+		h.enc.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	}
+	id = h.nextID
+	h.nextID += 2
+	return id, h.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: h.block.Bytes(), EndStream: method != "CONNECT", EndHeaders: true})
+}
+
+// answerAll is an origin that answers each request at once.
+func answerAll(c net.Conn) {
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(2 * patience))
+	for br := bufio.NewReader(c); ; {
+		if _, err := http.ReadRequest(br); err != nil {
+			return
+		}
+		io.WriteString(c, plainAnswer)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// HTTP/2: the drain
+
+// A drain sends GOAWAY; what is under way ends well, tunnels live until DRAIN_TIMEOUT, and all that is told of in the end.
+func TestHTTP2Drain(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	a := newAuthority(t)
+	for name, conf := range map[string]*tls.Config{"h2c": nil, "TLS": a.trusting("h2")} {
+		t.Run(name, func(t *testing.T) {
+			p := startProxy(t, a.vars("DRAIN_TIMEOUT=800ms")...)
+			slow, far, next := originFor(t, t), originFor(t, t), originFor(t, t)
+			h := p.dialH2(t, conf)
+			get := h.request("GET", slow.addr, "/", true)
+			up := slow.accept()
+			up.head()
+			tunnel := h.connect(far.addr)
+			end := far.accept()
+			h.wantsTunnel(tunnel)
+			begun, stopped := time.Now(), make(chan struct{})
+			go func() { p.stop(); close(stopped) }()
+			h.until("GOAWAY", func() bool { return h.away != nil })
+			if h.away.ErrCode != http2.ErrCodeNo {
+				t.Errorf("GOAWAY with %v", h.away.ErrCode)
+			}
+			up.send(plainAnswer)
+			h.wants(get, 200, "hi")
+			end.send("still here")
+			h.wantsBody(tunnel, "still here")
+			h.data(tunnel, false, "so am I")
+			end.wants("so am I")
+			if end.wantsEnd(); time.Since(begun) < 700*time.Millisecond {
+				t.Errorf("the tunnel ended after %v", time.Since(begun))
+			}
+			<-stopped
+			if took := time.Since(begun); took > 2*time.Second {
+				t.Errorf("stopped after %v", took)
+			}
+			text := p.log.all() // nothing comes later
+			if !strings.Contains(text, `"close_reason":"drain"`) {
+				t.Errorf("the tunnel that was cut is not told of: %s", text)
+			}
+			if at := strings.Index(text, `"msg":"stopped"`); strings.Contains(text[at:], `"msg":"tunnel"`) {
+				t.Error("the tunnel is told of after the end")
+			}
+			next.wantsNone()
+		})
+	}
+	t.Run("idle connections", func(t *testing.T) {
+		p := startProxy(t, a.vars("DRAIN_TIMEOUT=8s")...)
+		h, c := p.dialH2(t, nil), p.dialTLS(t, a.trusting12())
+		h.wantsAlive()
+		c.send("%s", request("GET", "http://10.0.0.1/"))
+		c.response("GET")
+		begun := time.Now()
+		p.stop()
+		h.until("GOAWAY", func() bool { return h.away != nil })
+		c.wantsEnd(true)
+		if took := time.Since(begun); took > 3*time.Second {
+			t.Errorf("stopped after %v", took)
+		}
+	})
+}
+
+// Connections of HTTP/2 count as what they are: one, whatever number of streams they carry.
+func TestHTTP2ConnectionsAreCounted(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	p := startProxy(t, "MAX_CONNS=1")
+	h := p.dialH2(t, nil)
+	for range 3 {
+		h.wantsRefusal(h.request("GET", "10.0.0.1", "/", true), 403, tokenProhibited)
+	}
+	p.dial(t).wantsRefusal("GET", 503, tokenLimit)
+	h.conn.Close()
+	eventually(t, "the place to be free", func() bool {
+		return p.metric(t, "sluice_client_connections") <= 1 && strings.Contains(p.log.all(), `"client closed"`)
+	})
+	again := p.dialH2(t, nil)
+	again.wantsAlive()
+}
+
+// enterH2 connects a client of HTTP/2 to a server that a test has changed.
+func enterH2(t *testing.T, s *server) *rawH2 {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	p := &testProxy{addr: l.Addr().String()}
+	h := p.dialH2(t, nil)
+	far, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, f := s.newClient(far.(*net.TCPConn), netip.MustParseAddr("127.0.0.1"))
+	if f != nil {
+		t.Fatal(f)
+	}
+	go c.serve()
+	return h
+}
+
+// A panic ends the stream that it came on, and nothing else.
+func TestHTTP2Panic(t *testing.T) {
+	s := testServer(t, "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "NAME=sluice-test", "MAX_TUNNELS=5")
+	s.openListeners(context.Background(), "127.0.0.1:0") // shares descriptors out
+	if err := s.openFront(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	names := s.names
+	s.names = nil
+	h := enterH2(t, s)
+	for _, id := range []uint32{h.request("GET", "name.test", "/", true), h.connect("name.test:443"), h.request("POST", "name.test", "/", false)} {
+		stream := h.stream(id)
+		h.until("the end of the stream", func() bool { return stream.ended || stream.reset })
+		if !stream.reset && stream.statuses[0] != "500" {
+			t.Errorf("got %+v", *stream)
+		}
+	}
+	h.wantsAlive()
+	s.names = names
+	h.conn.Close()
+	s.serving.Wait()
+	if n := s.panics.Load(); n != 3 || s.limits.tunnels.used[struct{}{}] != 0 || s.limits.streams.Load() != 0 {
+		t.Errorf("%d panics, %d tunnels and %d streams are counted", n, s.limits.tunnels.used[struct{}{}], s.limits.streams.Load())
+	}
+}
+
+// What a head may hold is what HTTP/1.1's may; one that is a little larger is told so, one that is much larger as well.
+func TestHTTP2LargeHeads(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	bothH2(t, func(t *testing.T, p *testProxy, dial func(*testing.T, ...http2.Setting) *rawH2) {
+		o, h := startOrigin(t), dial(t)
+		large := func(size int) (id uint32) { // in a HEADERS frame and as many CONTINUATIONs as it takes
+			h.block.Reset()
+			for _, f := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", o.addr}, {":path", "/"}, {"x-large", strings.Repeat("v", size)}} {
+				h.enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]})
+			}
+			id = h.nextID
+			h.nextID += 2
+			b := h.block.Bytes()
+			h.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: b[:10], EndStream: true})
+			for b = b[10:]; len(b) > 0; b = b[min(len(b), 16<<10):] {
+				h.WriteContinuation(id, len(b) <= 16<<10, b[:min(len(b), 16<<10)])
+			}
+			return id
+		}
+		id := large(60_000)
+		up := o.accept()
+		req, err := http.ReadRequest(up.br)
+		if err != nil || len(req.Header.Get("X-Large")) != 60_000 {
+			t.Fatalf("got %v, %v", req, err)
+		}
+		up.send(plainAnswer)
+		h.wants(id, 200, "hi")
+		h.wantsRefusal(large(70_000), 431, tokenRequest)
+		s := h.stream(large(200_000))
+		for h.read() && !s.ended && !s.reset && h.away == nil {
+		}
+		if s.ended && s.statuses[0] != "431" {
+			t.Errorf("got %+v", *s)
+		}
+	})
+}
+
+// What a client expects is answered when its body is wanted, and not where it is refused.
+func TestHTTP2Expect(t *testing.T) {
+	p := startProxy(t, "DENY_HOSTS=denied.test")
+	o, h := startOrigin(t), p.dialH2(t, nil)
+	if s := h.wantsRefusal(h.request("POST", "denied.test", "/", false, "expect", "100-continue"), 403, tokenDenied); len(s.statuses) != 1 {
+		t.Errorf("got %v", s.statuses)
+	}
+	id := h.request("POST", o.addr, "/", false, "expect", "100-continue", "content-length", "2")
+	s := h.stream(id)
+	up := o.accept()
+	h.until("100", func() bool { return len(s.statuses) > 0 || s.reset })
+	if s.statuses[0] != "100" {
+		t.Fatalf("got %+v", *s)
+	}
+	h.data(id, true, "hi")
+	up.head()
+	up.wants("hi")
+	up.send(plainAnswer)
+	h.wants(id, 200, "hi")
+}
+
+// A client's half of a stream that stays open after the answer costs nothing: the connection goes on.
+func TestHTTP2UploadsThatNobodyReads(t *testing.T) {
+	p := startProxy(t)
+	h := p.dialH2(t, nil)
+	for range 300 { // more than streams may be open, and more bytes than the connection's window
+		id := h.request("POST", "10.0.0.1", "/", false)
+		h.data(id, false, strings.Repeat("x", 8<<10))
+		h.wantsRefusal(id, 403, tokenProhibited)
+	}
+	h.wantsAlive()
+}
+
+// A stream that is read as an HTTP/1.1 message is read as what it said: its method, its host, its path, its field and no other.
+func FuzzStream(f *testing.F) {
+	f.Add("GET", "a.example", "/b?c", "Accept", "*/*")
+	f.Add("OPTIONS", "a.example:80", "*", "X-A", "a, b")
+	f.Add("CONNECT", "[::1]:443", "[::1]:443", "Cookie", "a=b; c=d")
+	f.Add("GET", "a.example", "/ HTTP/1.1\r\nHost: b.example", "X", "y\r\nZ: z")
+	f.Add("GET", "a.example", "@b.example/", "X: y\r\nZ", "z")
+	cfg, _, err := loadConfig(nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	s := &server{hop: []byte("fuzz\r\n"), cfg: cfg, limits: limits{mostLarge: 1}}
+	f.Fuzz(func(t *testing.T, method, host, path, name, value string) {
+		m := &muxed{r: &http.Request{Method: method, Host: host, RequestURI: path, Header: http.Header{name: {value}}, Body: http.NoBody}, version: "2"}
+		head, refused := m.head(s)
+		if refused != nil {
+			return
+		}
+		c := &client{}
+		c.srv = s
+		x := &exchange{summary: summary{srv: s}}
+		x.begin(c)
+		if x.parse(head) != nil {
+			return
+		}
+		target := path
+		if method == "CONNECT" || path == "*" {
+			target = ""
+		}
+		fields := 2
+		if name == "Host" || name == ":protocol" {
+			fields = 1
+		}
+		if string(x.method) != method || string(x.auth) != host || string(x.target) != target || len(x.req.fields) != fields {
+			t.Fatalf("%q was read as %q %q %q with %d fields", head, x.method, x.auth, x.target, len(x.req.fields))
+		}
+	})
+}
+
+// frames is what a client of HTTP/2 sends that opens streams with the same fields, and frames of 16 kB on each, without a look at answers.
+func frames(streams, data int, fields ...string) string {
+	var out, block bytes.Buffer
+	out.WriteString(preface)
+	framer, encoder := http2.NewFramer(&out, nil), hpack.NewEncoder(&block)
+	framer.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 20})
+	for i := range streams {
+		block.Reset()
+		for j := 0; j < len(fields); j += 2 {
+			encoder.WriteField(hpack.HeaderField{Name: fields[j], Value: fields[j+1], Sensitive: true})
+		}
+		id, rest := uint32(2*i+1), block.Bytes()
+		first := rest[:min(len(rest), 16<<10)]
+		rest = rest[len(first):]
+		framer.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: first, EndStream: data == 0, EndHeaders: len(rest) == 0})
+		for len(rest) > 0 {
+			piece := rest[:min(len(rest), 16<<10)]
+			rest = rest[len(piece):]
+			framer.WriteContinuation(id, len(rest) == 0, piece)
+		}
+		for range data {
+			framer.WriteData(id, false, make([]byte, 16<<10))
+		}
+	}
+	return out.String()
+}
+
+// HTTP/3 and UDP tunnels: quic-go's client on one side, raw bytes of HTTP/1.1 or datagrams on the other. What its client would not send
+// is written to QUIC streams by hand.
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Helpers for HTTP/3
+
+// h3Authority signs the certificates of a test.
+type h3Authority struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newH3Authority(t testing.TB) *h3Authority {
+	a := &h3Authority{}
+	a.key, _ = ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	a.cert = a.sign(t, &x509.Certificate{Subject: pkix.Name{CommonName: "test authority"}, IsCA: true, BasicConstraintsValid: true}, a.key)
+	return a
+}
+
+func (a *h3Authority) sign(t testing.TB, c *x509.Certificate, key *ecdsa.PrivateKey) *x509.Certificate {
+	c.SerialNumber, c.NotBefore, c.NotAfter = big.NewInt(time.Now().UnixNano()), time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	parent := a.cert
+	if parent == nil {
+		parent = c
+	}
+	der, err := x509.CreateCertificate(crand.Reader, c, parent, &key.PublicKey, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed, _ := x509.ParseCertificate(der)
+	return signed
+}
+
+func (a *h3Authority) pem() string {
+	return string(pemfile.EncodeToMemory(&pemfile.Block{Type: "CERTIFICATE", Bytes: a.cert.Raw}))
+}
+
+// issue makes a certificate for 127.0.0.1, or of a client of that name.
+func (a *h3Authority) issue(t testing.TB, name string) (pair tls.Certificate, cert, key string) {
+	k, _ := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	c := a.sign(t, &x509.Certificate{Subject: pkix.Name{CommonName: name}, IPAddresses: []net.IP{{127, 0, 0, 1}}}, k)
+	der, _ := x509.MarshalECPrivateKey(k)
+	cert = string(pemfile.EncodeToMemory(&pemfile.Block{Type: "CERTIFICATE", Bytes: c.Raw}))
+	key = string(pemfile.EncodeToMemory(&pemfile.Block{Type: "EC PRIVATE KEY", Bytes: der}))
+	pair, err := tls.X509KeyPair([]byte(cert), []byte(key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pair, cert, key
+}
+
+func (a *h3Authority) pool() *x509.CertPool {
+	pool := x509.NewCertPool()
+	pool.AddCert(a.cert)
+	return pool
+}
+
+// h3Proxy is a proxy that serves HTTP/3, and what clients need to trust it.
+type h3Proxy struct {
+	*testProxy
+	ca *h3Authority
+}
+
+func startH3Proxy(t testing.TB, vars ...string) *h3Proxy {
+	t.Helper()
+	ca := newH3Authority(t)
+	_, cert, key := ca.issue(t, "proxy")
+	return &h3Proxy{startProxy(t, append([]string{"HTTP3=true", "TLS_CERT=" + cert, "TLS_KEY=" + key}, vars...)...), ca}
+}
+
+// h3Client is a connection to the proxy.
+type h3Client struct {
+	*http3.ClientConn
+	t    *testing.T
+	conn *quic.Conn
+}
+
+// dialQUIC shakes hands with the proxy, on a connection that the test ends.
+func (p *h3Proxy) dialQUIC(t *testing.T, certs ...tls.Certificate) (*quic.Conn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	conn, err := quic.DialAddr(ctx, p.addr, &tls.Config{RootCAs: p.ca.pool(), NextProtos: []string{"h3"}, Certificates: certs}, &quic.Config{EnableDatagrams: true})
+	if err == nil {
+		t.Cleanup(func() { conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "") })
+	}
+	return conn, err
+}
+
+func (p *h3Proxy) dialH3(t *testing.T, certs ...tls.Certificate) *h3Client {
+	t.Helper()
+	conn, err := p.dialQUIC(t, certs...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return speakH3(t, conn)
+}
+
+func speakH3(t *testing.T, conn *quic.Conn) *h3Client {
+	c := (&http3.Transport{EnableDatagrams: true, DisableCompression: true}).NewClientConn(conn)
+	select {
+	case <-c.ReceivedSettings(): // extended CONNECT waits for them
+	case <-time.After(patience):
+		t.Fatal("no SETTINGS came")
+	}
+	return &h3Client{c, t, conn}
+}
+
+// h3Request is a request with fields "name: value". protocol is that of extended CONNECT.
+func h3Request(method, authority, path, protocol string, fields ...string) *http.Request {
+	path, query, _ := strings.Cut(path, "?")
+	plain, _ := url.PathUnescape(path)
+	r := &http.Request{Method: method, Host: authority, Proto: protocol, Header: http.Header{"User-Agent": {""}},
+		URL: &url.URL{Scheme: "https", Host: authority, Path: plain, RawPath: path, RawQuery: query}}
+	if method != "CONNECT" {
+		r.URL.Scheme = "http"
+	}
+	for _, f := range fields {
+		name, value, _ := strings.Cut(f, ": ")
+		r.Header[textproto.CanonicalMIMEHeaderKey(name)] = append(r.Header[textproto.CanonicalMIMEHeaderKey(name)], value)
+	}
+	return r
+}
+
+// h3Stream is a request whose stream is still open for sending.
+type h3Stream struct {
+	*http3.RequestStream
+	t *testing.T
+}
+
+func (c *h3Client) open(r *http.Request) *h3Stream {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	s, err := c.OpenRequestStream(ctx)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	s.SetDeadline(time.Now().Add(2 * patience))
+	if err := s.SendRequestHeader(r); err != nil {
+		c.t.Fatal(err)
+	}
+	return &h3Stream{s, c.t}
+}
+
+// connect opens a tunnel.
+func (c *h3Client) connect(authority string) *h3Stream {
+	c.t.Helper()
+	s := c.open(h3Request("CONNECT", authority, "", ""))
+	s.wantsStatus(200)
+	return s
+}
+
+// wantsStatus reads the head of the answer.
+func (s *h3Stream) wantsStatus(status int) *http.Response {
+	s.t.Helper()
+	resp, err := s.ReadResponse()
+	if err != nil {
+		s.t.Fatalf("no answer: %v", err)
+	} else if resp.StatusCode != status {
+		body, _ := io.ReadAll(s)
+		s.t.Fatalf("status %d, want %d: %q %v", resp.StatusCode, status, body, resp.Header)
+	}
+	return resp
+}
+
+// wantsRefusal reads an answer of the proxy's own.
+func (s *h3Stream) wantsRefusal(status int, token string) *http.Response {
+	s.t.Helper()
+	resp := s.wantsStatus(status)
+	body, err := io.ReadAll(s)
+	if err != nil {
+		s.t.Errorf("the answer is not whole: %v", err)
+	}
+	wantsRefusal(s.t, resp, string(body), status, token)
+	return resp
+}
+
+func (s *h3Stream) send(text string) {
+	s.t.Helper()
+	if _, err := io.WriteString(s, text); err != nil {
+		s.t.Fatalf("send: %v", err)
+	}
+}
+
+func (s *h3Stream) wants(want string) {
+	s.t.Helper()
+	got := make([]byte, len(want))
+	if n, err := io.ReadFull(s, got); string(got) != want {
+		s.t.Fatalf("got %q (%v), want %q", got[:n], err, want)
+	}
+}
+
+// wantsEnd expects FIN.
+func (s *h3Stream) wantsEnd() {
+	s.t.Helper()
+	if b, err := io.ReadAll(s); err != nil || len(b) > 0 {
+		s.t.Fatalf("got %q (%v), want the stream's end", b, err)
+	}
+}
+
+// wantsReset expects RESET_STREAM with a code, whatever came before it.
+func (s *h3Stream) wantsReset(code http3.ErrCode) {
+	s.t.Helper()
+	_, err := io.ReadAll(s)
+	wantsH3Error(s.t, err, code)
+}
+
+func wantsH3Error(t *testing.T, err error, code http3.ErrCode) {
+	t.Helper()
+	if e := (*http3.Error)(nil); !errors.As(err, &e) || e.ErrorCode != code || !e.Remote {
+		t.Fatalf("got %v, want the reset %v", err, code)
+	}
+}
+
+// cancel gives a stream up as browsers do: RESET_STREAM and STOP_SENDING.
+func (s *h3Stream) cancel() {
+	s.CancelWrite(quic.StreamErrorCode(http3.ErrCodeRequestCanceled))
+	s.CancelRead(quic.StreamErrorCode(http3.ErrCodeRequestCanceled))
+}
+
+// roundTrip sends a whole request and reads the whole answer.
+func (c *h3Client) roundTrip(r *http.Request) (*http.Response, string) {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(r.Context(), 2*patience)
+	defer cancel()
+	resp, err := c.RoundTrip(r.WithContext(ctx))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return resp, string(body)
+}
+
+// h3Fields is a HEADERS frame of field lines "name: value", none of which QPACK compresses (RFC 9204, 4.5.6).
+func h3Fields(lines ...string) []byte {
+	block := []byte{0, 0}
+	number := func(first, bits byte, n int) {
+		if most := 1<<bits - 1; n < most {
+			block = append(block, first|byte(n))
+		} else {
+			block = append(block, first|byte(most))
+			for n -= most; n >= 128; n >>= 7 {
+				block = append(block, byte(n)|128)
+			}
+			block = append(block, byte(n))
+		}
+	}
+	for _, line := range lines {
+		i := strings.Index(line[1:], ": ") + 1
+		number(0x20, 3, i)
+		block = append(block, line[:i]...)
+		number(0, 7, len(line)-i-2)
+		block = append(block, line[i+2:]...)
+	}
+	return h3Frame(1, block)
+}
+
+func h3Frame(kind uint64, payload []byte) []byte {
+	return append(quicvarint.Append(quicvarint.Append(nil, kind), uint64(len(payload))), payload...)
+}
+
+// raw opens a stream and writes to it.
+func (c *h3Client) raw(b ...[]byte) *quic.Stream {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	s, err := c.conn.OpenStreamSync(ctx)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	s.SetDeadline(time.Now().Add(2 * patience))
+	if _, err := s.Write(slices.Concat(b...)); err != nil {
+		c.t.Fatal(err)
+	}
+	return s
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Requests
+
+func TestH3Exchanges(t *testing.T) {
+	p := startH3Proxy(t)
+	client := p.dialH3(t)
+	for name, e := range map[string]struct {
+		method, path string
+		fields       []string
+		body         string // "-" = none; of a length that is told
+		unsized      bool   // its length is not told
+		trailer      string
+		wants        string // at the origin, behind the request line and Host
+		answer       string
+		status       int
+		gets         []string // "name: value" of the answer, "name:" = is not there
+		getsBody     string
+		getsTrailer  string
+	}{
+		"plain": {method: "GET", path: "/a?b=c", body: "-", wants: "Via: 3 sluice-test\r\n\r\n", answer: plainAnswer,
+			status: 200, gets: []string{"Via: 1.1 sluice-test", "Content-Length: 2", "Connection:", "Content-Type:"}, getsBody: "hi"},
+		"crumbs of a cookie": {method: "GET", path: "/", body: "-", fields: []string{"Cookie: a=1", "Cookie: b=2"},
+			wants: "Cookie: a=1; b=2\r\nVia: 3 sluice-test\r\n\r\n", answer: plainAnswer, status: 200, getsBody: "hi"},
+		"credentials stay here": {method: "GET", path: "/", body: "-", fields: []string{"Proxy-Authorization: Basic eDp5"},
+			wants: "Via: 3 sluice-test\r\n\r\n", answer: plainAnswer, status: 200, getsBody: "hi"},
+		"no length known to HEAD": {method: "HEAD", path: "/", body: "-", wants: "Via: 3 sluice-test\r\n\r\n",
+			answer: "HTTP/1.1 200 OK\r\n" + date + "Transfer-Encoding: chunked\r\n\r\n", status: 200, gets: []string{"Content-Length:", "Transfer-Encoding:"}},
+		"a length told to HEAD": {method: "HEAD", path: "/", body: "-", wants: "Via: 3 sluice-test\r\n\r\n",
+			answer: "HTTP/1.1 200 OK\r\n" + date + "Content-Length: 7777\r\n\r\n", status: 200, gets: []string{"Content-Length: 7777"}},
+		"sized": {method: "POST", path: "/", body: "hello", wants: "Via: 3 sluice-test\r\nContent-Length: 5\r\n\r\nhello",
+			answer: "HTTP/1.1 204 No Content\r\n" + date + "\r\n", status: 204, gets: []string{"Content-Length:"}},
+		"empty": {method: "POST", path: "/", body: "-", wants: "Via: 3 sluice-test\r\nContent-Length: 0\r\n\r\n",
+			answer: "HTTP/1.1 304 Not Modified\r\n" + date + "\r\n", status: 304, gets: []string{"Content-Length:"}},
+		"unsized": {method: "POST", path: "/", body: "hello", unsized: true, wants: "Via: 3 sluice-test\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+			answer: "HTTP/1.1 200 OK\r\n" + date + "Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", status: 200, gets: []string{"Transfer-Encoding:"}, getsBody: "hi"},
+		"trailers": {method: "PUT", path: "/", body: "hello", unsized: true, trailer: "X-Sum: 1", fields: []string{"Te: trailers"},
+			wants:  "Via: 3 sluice-test\r\nTransfer-Encoding: chunked\r\nTE: trailers\r\nConnection: TE\r\n\r\n5\r\nhello\r\n0\r\nX-Sum: 1\r\n\r\n",
+			answer: "HTTP/1.1 200 OK\r\n" + date + "Trailer: X-Also\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nx-also: 2\r\n\r\n", status: 200, getsBody: "hi", getsTrailer: "X-Also: 2"},
+		"until the end": {method: "GET", path: "/", body: "-", wants: "Via: 3 sluice-test\r\n\r\n",
+			answer: "HTTP/1.0 200 OK\r\n" + date + "\r\nhi", status: 200, gets: []string{"Via: 1.0 sluice-test"}, getsBody: "hi"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := originFor(t, t)
+			req := h3Request(e.method, o.addr, e.path, "", e.fields...)
+			if e.body != "-" {
+				req.Body, req.ContentLength = io.NopCloser(strings.NewReader(e.body)), int64(len(e.body))
+			}
+			if e.unsized {
+				req.ContentLength = -1
+			}
+			if name, value, ok := strings.Cut(e.trailer, ": "); ok {
+				req.Trailer = http.Header{name: {value}}
+			}
+			origin := make(chan bool)
+			go func() {
+				defer close(origin)
+				c := o.accept()
+				c.wants(e.method + " " + e.path + " HTTP/1.1\r\nHost: " + o.addr + "\r\n" + e.wants)
+				c.send("%s", e.answer)
+				c.CloseWrite()
+			}()
+			resp, body := (&h3Client{client.ClientConn, t, client.conn}).roundTrip(req)
+			<-origin
+			if resp.StatusCode != e.status || body != e.getsBody {
+				t.Errorf("got %d %q, want %d %q", resp.StatusCode, body, e.status, e.getsBody)
+			}
+			for _, want := range e.gets {
+				name, value, _ := strings.Cut(want, ":")
+				if got := strings.Join(resp.Header[name], ", "); got != strings.TrimSpace(value) {
+					t.Errorf("%s: %q, want %q", name, got, value)
+				}
+			}
+			if name, value, ok := strings.Cut(e.getsTrailer, ": "); ok && resp.Trailer.Get(name) != value {
+				t.Errorf("trailers: %v, want %s", resp.Trailer, e.getsTrailer)
+			}
+			wantsFields(t, p.recordFor(t, "request", o.addr), map[string]any{"network.protocol.version": "3", "http.response.status_code": float64(e.status),
+				"http.request.method": e.method, "client.address": "127.0.0.1", "http.response.body.size": float64(len(e.getsBody)),
+				"http.request.body.size": float64(max(0, len(strings.Trim(e.body, "-"))))})
+		})
+	}
+}
+
+// The end of a GET may come in a packet of its own: what it is must not be guessed before.
+func TestH3LateEnd(t *testing.T) {
+	p, o := startH3Proxy(t), startOrigin(t)
+	s := p.dialH3(t).open(h3Request("GET", o.addr, "/", ""))
+	o.wantsNone()
+	s.Close()
+	origin := o.accept()
+	origin.wants(o.fill("GET / HTTP/1.1\r\nHost: {o}\r\nVia: 3 sluice-test\r\n\r\n"))
+	origin.send(plainAnswer)
+	s.wantsStatus(200)
+	s.wants("hi")
+	s.wantsEnd()
+
+	// With a byte of a body it is one that has a body.
+	s = p.dialH3(t).open(h3Request("GET", o.addr, "/", ""))
+	s.send("body")
+	origin.wants(o.fill("GET / HTTP/1.1\r\nHost: {o}\r\nVia: 3 sluice-test\r\nTransfer-Encoding: chunked\r\n\r\n"))
+	s.Close()
+	if got, err := io.ReadAll(httputilChunks(origin)); err != nil || string(got) != "body" {
+		t.Errorf("got %q %v", got, err)
+	}
+	origin.send(plainAnswer)
+	s.wantsStatus(200)
+
+	// One that is given up before is not begun: nothing was asked.
+	s = p.dialH3(t).open(h3Request("GET", o.addr, "/", ""))
+	o.wantsNone() // and the head is there
+	s.CancelWrite(quic.StreamErrorCode(http3.ErrCodeRequestCanceled))
+	wantsLogged(t, p.awaitServed(t, 2), 0, "client_disconnected")
+	if n := p.metric(t, "sluice_pool_requests_total{result=\"dialled\"}") + p.metric(t, "sluice_pool_requests_total{result=\"reused\"}"); n != 2 {
+		t.Errorf("%v requests were sent on, want 2", n)
+	}
+}
+
+// One that never ends is told so when HEADER_TIMEOUT is over, and not sent on as something that it is not.
+func TestH3NoEnd(t *testing.T) {
+	p, o := startH3Proxy(t, "HEADER_TIMEOUT=50ms"), startOrigin(t)
+	p.dialH3(t).open(h3Request("GET", o.addr, "/", "")).wantsRefusal(408, "http_request_error")
+	o.wantsNone()
+}
+
+func TestH3Interim(t *testing.T) {
+	p, o := startH3Proxy(t), startOrigin(t)
+	client := p.dialH3(t)
+	go func() {
+		c := o.accept()
+		c.head()
+		c.send("HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n%s", plainAnswer)
+	}()
+	var interim []string
+	trace := &httptrace.ClientTrace{Got1xxResponse: func(code int, h textproto.MIMEHeader) error {
+		interim = append(interim, fmt.Sprintf("%d %s %s", code, h["Link"], h["Via"]))
+		return nil
+	}}
+	resp, body := client.roundTrip(h3Request("GET", o.addr, "/", "").WithContext(httptrace.WithClientTrace(context.Background(), trace)))
+	want := []string{"103 [</a>; rel=preload] [1.1 sluice-test]", "100 [] [1.1 sluice-test]"}
+	if resp.StatusCode != 200 || body != "hi" || !slices.Equal(interim, want) || resp.Header["Link"] != nil {
+		t.Errorf("got %d %q %v after %q, want %q", resp.StatusCode, body, resp.Header, interim, want)
+	}
+}
+
+// httputilChunks reads a chunked body, as an origin does.
+func httputilChunks(p *peer) io.Reader { return httputil.NewChunkedReader(p.br) }
+
+var _ = []any{bytes.Equal, sha1.Sum, base64.StdEncoding, netip.AddrPort{}, os.Args, runtime.GC, sync.Mutex{}, atomic.Bool{}}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Bodies
+
+// What one side does not take is not held for it; when it does, everything is there.
+func TestH3BackPressure(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	p, o := startH3Proxy(t), startOrigin(t)
+	client := p.dialH3(t)
+	data := noise(8<<20, 1)
+	slow := func(what string, write func([]byte) (int, error)) (n int) {
+		n, err := write(data)
+		if !errors.Is(err, os.ErrDeadlineExceeded) || n > 7<<20 { // sockets hold some
+			t.Fatalf("%s: %d bytes were taken, %v", what, n, err)
+		}
+		return n
+	}
+
+	up := client.open(h3Request("GET", o.addr, "/", ""))
+	up.send("-")
+	origin := o.accept()
+	origin.SetReadBuffer(64 << 10)
+	origin.SetWriteBuffer(64 << 10)
+	origin.head()
+	up.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+	n := slow("up", up.Write)
+	up.SetWriteDeadline(time.Now().Add(2 * patience))
+	rest := data[n:]
+	go func() {
+		up.Write(rest)
+		up.Close()
+	}()
+	got, err := io.ReadAll(httputilChunks(origin))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sameBytes(t, "the upload", got[1:], data)
+
+	origin.send("HTTP/1.1 200 OK\r\n%sContent-Length: %d\r\n\r\n", date, len(data))
+	origin.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+	n = slow("down", origin.Write)
+	origin.SetWriteDeadline(time.Now().Add(2 * patience))
+	done := origin.sending(data[n:], false)
+	up.wantsStatus(200)
+	got, err = io.ReadAll(up)
+	if err != nil || <-done != nil {
+		t.Fatal(err)
+	}
+	sameBytes(t, "the download", got, data)
+	if up, down := p.metric(t, `sluice_bytes_total{direction="up"}`), p.metric(t, `sluice_bytes_total{direction="down"}`); up != 8<<20+1 || down != 8<<20 {
+		t.Errorf("metrics: %v bytes up, %v down", up, down)
+	}
+}
+
+// A body that is cut off must not look whole: the stream is reset.
+func TestH3Truncated(t *testing.T) {
+	p := startH3Proxy(t)
+	client := p.dialH3(t)
+	for name, head := range map[string]string{
+		"length":  "Content-Length: 10\r\n\r\n",
+		"chunked": "Transfer-Encoding: chunked\r\n\r\n10\r\n",
+		"large":   "Content-Length: 100000\r\n\r\n" + strings.Repeat("x", 50_000),
+		"bad":     "Transfer-Encoding: chunked\r\n\r\n8000\r\n" + strings.Repeat("x", 0x8000) + "xx",
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := originFor(t, t)
+			s := (&h3Client{client.ClientConn, t, client.conn}).open(h3Request("GET", o.addr, "/", ""))
+			s.Close()
+			origin := o.accept()
+			origin.head()
+			origin.send("HTTP/1.1 200 OK\r\n%s%shello", date, head)
+			origin.Close()
+			if _, err := s.ReadResponse(); err == nil {
+				_, err = io.ReadAll(s)
+				wantsH3Error(t, err, http3.ErrCodeInternalError)
+			}
+			r := p.recordFor(t, "request", o.addr)
+			if r["error.type"] != "connection_terminated" && r["error.type"] != "http_protocol_error" {
+				t.Errorf("record: %v", r)
+			}
+		})
+	}
+}
+
+// A body that is longer or shorter than its length, or is given up, is not whole at the origin.
+func TestH3BadBodies(t *testing.T) {
+	p, o := startH3Proxy(t), startOrigin(t)
+	client := p.dialH3(t)
+	head := h3Fields(":method: POST", ":scheme: http", ":authority: "+o.addr, ":path: /", "content-length: 5")
+	for name, rest := range map[string]func(*quic.Stream){
+		"short":  func(s *quic.Stream) { s.Write(h3Frame(0, []byte("hi"))); s.Close() },
+		"reset":  func(s *quic.Stream) { s.Write(h3Frame(0, []byte("hi"))); s.CancelWrite(0x10c) },
+		"long":   func(s *quic.Stream) { s.Write(h3Frame(0, []byte("hello world"))); s.Close() },
+		"frames": func(s *quic.Stream) { s.Write(h3Frame(0, []byte("hi"))); s.Write(h3Frame(0, nil)); s.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			o.t = t
+			s := client.raw(head)
+			origin := o.accept()
+			rest(s)
+			got := origin.all()
+			if isMessage(got) {
+				t.Errorf("the origin got a whole message: %q", got)
+			}
+		})
+	}
+}
+
+// A client that gives its request up ends it at the origin, however it says so.
+func TestH3ClientLeaves(t *testing.T) {
+	p := startH3Proxy(t)
+	for name, leave := range map[string]func(*h3Client, *h3Stream){
+		"stop":       func(_ *h3Client, s *h3Stream) { s.CancelRead(quic.StreamErrorCode(http3.ErrCodeRequestCanceled)) },
+		"cancel":     func(_ *h3Client, s *h3Stream) { s.cancel() },
+		"connection": func(c *h3Client, _ *h3Stream) { c.conn.CloseWithError(0x100, "") },
+	} {
+		for _, when := range []string{"before the answer", "in its body"} {
+			t.Run(name+" "+when, func(t *testing.T) {
+				o := originFor(t, t)
+				client := p.dialH3(t)
+				s := client.open(h3Request("GET", o.addr, "/", ""))
+				s.Close()
+				origin := o.accept()
+				origin.head()
+				if when == "in its body" {
+					origin.send("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello")
+					s.wantsStatus(200)
+					s.wants("hello")
+				}
+				leave(client, s)
+				origin.wantsEnd()
+				wantsLogged(t, p.recordFor(t, "request", o.addr), 0, "client_disconnected")
+			})
+		}
+	}
+	eventually(t, "the connections to be gone", func() bool { return p.metric(t, "sluice_client_connections") <= 2*2 })
+}
+
+// An origin may answer before it has the body, and not want the rest of it.
+func TestH3EarlyAnswer(t *testing.T) {
+	p, o := startH3Proxy(t), startOrigin(t)
+	s := p.dialH3(t).open(h3Request("GET", o.addr, "/", ""))
+	s.send("some")
+	origin := o.accept()
+	origin.head()
+	origin.send("HTTP/1.1 413 Content Too Large\r\nContent-Length: 2\r\n\r\nno")
+	s.wantsStatus(413)
+	s.wants("no")
+	s.wantsEnd()
+	origin.all() // it is ended, since the body is not
+	wantsFields(t, p.recordFor(t, "request", o.addr), map[string]any{"http.response.status_code": 413.0})
+	eventually(t, "STOP_SENDING", func() bool { _, err := s.Write([]byte("more")); return err != nil })
+}
+
+// Limits of bodies are those of HTTP/1.
+func TestH3BodyLimits(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	p := startH3Proxy(t, "MAX_REQUEST_BODY=1000", "MAX_RESPONSE_BODY=50000", "BODY_TIMEOUT=150ms")
+	client := p.dialH3(t)
+	open := func(t *testing.T, path string, body string) (*h3Stream, *peer) {
+		o := originFor(t, t)
+		s := (&h3Client{client.ClientConn, t, client.conn}).open(h3Request("GET", o.addr, path, ""))
+		if body == "" {
+			s.Close()
+		} else {
+			s.send(body)
+		}
+		origin := o.accept()
+		origin.head()
+		return s, origin
+	}
+	t.Run("request", func(t *testing.T) {
+		o := originFor(t, t)
+		req := h3Request("PUT", o.addr, "/", "")
+		req.Body, req.ContentLength = io.NopCloser(strings.NewReader(strings.Repeat("x", 2000))), 2000
+		if resp, _ := client.roundTrip(req); resp.StatusCode != 413 {
+			t.Errorf("status %d", resp.StatusCode)
+		}
+		o.wantsNone()
+		s, origin := open(t, "/", strings.Repeat("x", 2000))
+		if isMessage(origin.all()) {
+			t.Error("the origin got a whole message")
+		}
+		s.wantsRefusal(413, "http_request_error")
+	})
+	t.Run("response", func(t *testing.T) {
+		s, origin := open(t, "/", "")
+		origin.send("HTTP/1.1 200 OK\r\n\r\n")
+		s.wantsStatus(200) // later a reset may overtake it
+		go origin.Write(noise(100_000, 1))
+		s.wantsReset(http3.ErrCodeInternalError)
+	})
+	t.Run("slow upload", func(t *testing.T) {
+		s, origin := open(t, "/", "x")
+		s.wantsRefusal(408, "http_request_error")
+		if isMessage(append([]byte("GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"), origin.all()...)) {
+			t.Error("the origin got a whole message")
+		}
+	})
+	t.Run("slow origin", func(t *testing.T) {
+		s, origin := open(t, "/", "")
+		origin.send("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello")
+		s.wantsStatus(200)
+		s.wants("hello")
+		s.wantsReset(http3.ErrCodeInternalError)
+	})
+	t.Run("slow download", func(t *testing.T) {
+		p := startH3Proxy(t, "BODY_TIMEOUT=150ms")
+		o := originFor(t, t)
+		s := p.dialH3(t).open(h3Request("GET", o.addr, "/", ""))
+		s.Close()
+		origin := o.accept()
+		origin.head()
+		origin.send("HTTP/1.1 200 OK\r\n\r\n")
+		if err := <-origin.sending(noise(16<<20, 1), true); err == nil {
+			t.Error("the origin could send it all")
+		}
+		if _, err := s.ReadResponse(); err == nil { // what is not read yet may be lost
+			s.wantsReset(http3.ErrCodeInternalError)
+		}
+	})
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Malformed requests
+
+// Nothing that is malformed reaches an origin.
+func TestH3Malformed(t *testing.T) {
+	p, o := startH3Proxy(t), startOrigin(t)
+	client := p.dialH3(t)
+	full := func(lines ...string) []byte {
+		return h3Fields(append([]string{":method: GET", ":scheme: http", ":authority: " + o.addr, ":path: /"}, lines...)...)
+	}
+	for name, b := range map[string][]byte{
+		"upper case":       full("X-A: 1"),
+		"connection":       full("connection: close"),
+		"chunked":          full("transfer-encoding: chunked"),
+		"upgrade":          full("upgrade: websocket"),
+		"te":               full("te: gzip"),
+		"line in a value":  full("x-a: 1\r\nx-b: 2"),
+		"line in a name":   full("x\r\na: 1"),
+		"NUL":              full("x-a: \x00"),
+		"two lengths":      full("content-length: 1", "content-length: 2"),
+		"signed length":    full("content-length: +1"),
+		"two hosts":        full("host: " + o.addr + "1"),
+		"repeated":         full(":path: /"),
+		"late pseudo":      h3Fields(":method: GET", ":scheme: http", "x-a: 1", ":authority: "+o.addr, ":path: /"),
+		"unknown pseudo":   full(":a: b"),
+		"no path":          h3Fields(":method: GET", ":scheme: http", ":authority: "+o.addr),
+		"no authority":     h3Fields(":method: GET", ":scheme: http", ":path: /"),
+		"path with CRLF":   h3Fields(":method: GET", ":scheme: http", ":authority: "+o.addr, ":path: / HTTP/1.1\r\nX: y"),
+		"path with blank":  h3Fields(":method: GET", ":scheme: http", ":authority: "+o.addr, ":path: / HTTP/1.0"),
+		"method":           h3Fields(":method: G ET", ":scheme: http", ":authority: "+o.addr, ":path: /"),
+		"user info":        h3Fields(":method: GET", ":scheme: x", ":authority: u@"+o.addr, ":path: /"),
+		"authority's path": h3Fields(":method: GET", ":scheme: http", ":authority: "+o.addr+"/x", ":path: /"),
+		"two authorities":  h3Fields(":method: GET", ":scheme: http", ":authority: "+o.addr+" a", ":path: /"),
+		"CONNECT path":     h3Fields(":method: CONNECT", ":scheme: http", ":authority: "+o.addr, ":path: /"),
+		"CONNECT no port":  h3Fields(":method: CONNECT", ":authority: 127.0.0.1"),
+		"CONNECT twice":    h3Fields(":method: CONNECT", ":authority: "+o.addr+" HTTP/1.1\r\nHost: x\r\n\r\n"),
+		"protocol of GET":  full(":protocol: websocket"),
+		"absolute path":    h3Fields(":method: GET", ":scheme: http", ":authority: "+o.addr, ":path: http://"+o.addr+"/"),
+		"QPACK reference":  h3Frame(1, []byte{0, 0, 0x80}),
+		"QPACK table":      h3Frame(1, []byte{4, 0, 0xd1}),
+		"QPACK cut":        h3Frame(1, []byte{0, 0, 0x27, 0xff, 0xff}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := (&h3Client{client.ClientConn, t, client.conn}).raw(b)
+			s.Close()
+			if got, err := io.ReadAll(s); errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("neither a reset nor an answer: %q", got)
+			}
+		})
+	}
+	o.wantsNone()
+	if resp, _ := client.roundTrip(h3Request("OPTIONS", "127.0.0.1:9", "/", "", "Max-Forwards: 0")); resp.StatusCode != 200 {
+		t.Errorf("the connection is of no more use: %s", resp.Status)
+	}
+	if n := p.metric(t, "sluice_client_connections"); n != 1 {
+		t.Errorf("%v connections", n)
+	}
+}
+
+// What may come on a connection but not there ends the connection, and what is no connection is no burden.
+func TestH3MalformedConnections(t *testing.T) {
+	p := startH3Proxy(t)
+	stream := func(b []byte) func(*quic.Conn) {
+		return func(c *quic.Conn) {
+			if s, err := c.OpenStream(); err == nil {
+				s.Write(b)
+			}
+		}
+	}
+	uni := func(all ...[]byte) func(*quic.Conn) {
+		return func(c *quic.Conn) {
+			for _, b := range all {
+				if s, err := c.OpenUniStream(); err == nil {
+					s.Write(b)
+				}
+			}
+		}
+	}
+	for name, speak := range map[string]func(*quic.Conn){
+		"DATA first":       stream(h3Frame(0, []byte("x"))),
+		"SETTINGS there":   stream(h3Frame(4, nil)),
+		"HTTP/2 PING":      stream(h3Frame(6, make([]byte, 8))),
+		"no SETTINGS":      uni(append([]byte{0}, h3Frame(7, []byte{0})...)),
+		"two of control":   uni(append([]byte{0}, h3Frame(4, nil)...), append([]byte{0}, h3Frame(4, nil)...)),
+		"push":             uni([]byte{1, 0}),
+		"two SETTINGS":     uni(append([]byte{0}, append(h3Frame(4, nil), h3Frame(4, nil)...)...)),
+		"endless SETTINGS": uni(append([]byte{0, 4, 0xbf, 0xff, 0xff, 0xff}, make([]byte, 1000)...)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			conn, err := p.dialQUIC(t)
+			if err != nil {
+				t.Fatal(err)
+			}
+			speak(conn)
+			select {
+			case <-conn.Context().Done():
+				if e := (*quic.ApplicationError)(nil); !errors.As(context.Cause(conn.Context()), &e) || !e.Remote {
+					t.Errorf("ended by %v", context.Cause(conn.Context()))
+				}
+			case <-time.After(patience):
+				t.Error("the connection goes on")
+			}
+		})
+	}
+	eventually(t, "the connections to be gone", func() bool { return p.metric(t, "sluice_client_connections") == 0 })
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tunnels
+
+func TestH3Tunnel(t *testing.T) {
+	p, o := startH3Proxy(t), startOrigin(t)
+	s := p.dialH3(t).connect(o.addr)
+	origin := o.accept()
+	s.send("to the origin")
+	origin.wants("to the origin")
+	origin.send("to the client")
+	s.wants("to the client")
+	if n := p.metric(t, "sluice_tunnels"); n != 1 {
+		t.Errorf("%v tunnels", n)
+	}
+	s.Close()
+	origin.wantsEnd()
+	origin.send("still there")
+	origin.Close()
+	s.wants("still there")
+	s.wantsEnd()
+	wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"http.request.method": "CONNECT", "http.response.status_code": 200.0, "network.protocol.version": "3",
+		"http.request.body.size": 13.0, "http.response.body.size": 24.0, "close_reason": "client_closed", "network.peer.address": "127.0.0.1"})
+	eventually(t, "the tunnel to be gone", func() bool { return p.metric(t, "sluice_tunnels") == 0 })
+}
+
+// What a client sends before it has the answer waits for the tunnel.
+func TestH3TunnelEarly(t *testing.T) {
+	p, o, u := startH3Proxy(t), startOrigin(t), startUDP(t)
+	client := p.dialH3(t)
+	s := client.open(h3Request("CONNECT", o.addr, "", ""))
+	s.send("early")
+	o.accept().wants("early")
+	s.wantsStatus(200)
+	s = client.open(h3Request("CONNECT", p.addr, udpPath(u.addr), "connect-udp"))
+	s.send(capsule(0, "\x00early"))
+	u.wants("early")
+	s.wantsStatus(200)
+}
+
+// The origin may end its side first; the client's goes on.
+func TestH3TunnelOriginFirst(t *testing.T) {
+	p, o := startH3Proxy(t), startOrigin(t)
+	s := p.dialH3(t).connect(o.addr)
+	origin := o.accept()
+	origin.CloseWrite()
+	s.wantsEnd()
+	data := noise(1<<20, 3)
+	for i := 0; i < len(data); i += 1 << 18 {
+		s.send(string(data[i : i+1<<18]))
+		if got := make([]byte, 1<<18); true {
+			io.ReadFull(origin.br, got)
+			sameBytes(t, "what follows the origin's end", got, data[i:i+1<<18])
+		}
+	}
+	s.Close()
+	origin.wantsEnd()
+	wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"http.request.body.size": float64(1 << 20), "close_reason": "upstream_closed"})
+}
+
+// isReset reports whether the connection ends by RST.
+func (p *peer) isReset() bool {
+	_, err := io.Copy(io.Discard, p.br)
+	return errors.Is(err, syscall.ECONNRESET)
+}
+
+// A tunnel that breaks on one side breaks on the other: it does not look as if it came to its end.
+func TestH3TunnelBreaks(t *testing.T) {
+	p := startH3Proxy(t)
+	for name, e := range map[string]struct {
+		breaks func(*h3Client, *h3Stream, *peer)
+		client bool // breaks it
+	}{
+		"origin resets":   {breaks: func(_ *h3Client, _ *h3Stream, o *peer) { o.SetLinger(0); o.Close() }},
+		"client resets":   {func(_ *h3Client, s *h3Stream, _ *peer) { s.CancelWrite(0x10c) }, true},
+		"client stops":    {func(_ *h3Client, s *h3Stream, _ *peer) { s.CancelRead(0x10c) }, true},
+		"client gives up": {func(_ *h3Client, s *h3Stream, _ *peer) { s.cancel() }, true},
+		"client leaves":   {func(c *h3Client, _ *h3Stream, _ *peer) { c.conn.CloseWithError(0x100, "") }, true},
+		"client breaks a frame": {func(c *h3Client, s *h3Stream, _ *peer) {
+			c.raw(h3Frame(0, nil)) // ends the connection: a request begins with HEADERS
+		}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := originFor(t, t)
+			client := p.dialH3(t)
+			s := client.connect(o.addr)
+			origin := o.accept()
+			s.send("x")
+			origin.wants("x")
+			e.breaks(client, s, origin)
+			if e.client && !origin.isReset() {
+				t.Error("the origin was told a good end")
+			} else if !e.client {
+				s.wantsReset(http3.ErrCodeConnectError)
+			}
+			wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": "connection_error"})
+		})
+	}
+	eventually(t, "the tunnels to be gone", func() bool { return p.metric(t, "sluice_tunnels") == 0 })
+}
+
+type plainWriter struct{ io.Writer }
+
+// echoTCP is an origin that sends back what it gets.
+func echoTCP(t *testing.T) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for c, err := l.Accept(); err == nil; c, err = l.Accept() {
+			go func() { io.Copy(plainWriter{c}, plainReader{c}); c.Close() }() // no pipe, which would be counted
+		}
+	}()
+	return l.Addr().String()
+}
+
+// A connection carries as many tunnels as the proxy lets it have at a time, and more one after the other.
+func TestH3ManyTunnels(t *testing.T) {
+	p, addr := startH3Proxy(t), echoTCP(t)
+	client := p.dialH3(t)
+	var wait sync.WaitGroup
+	for i := range 200 {
+		wait.Go(func() {
+			s, err := client.OpenRequestStream(t.Context())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			s.SetDeadline(time.Now().Add(2 * patience))
+			if err := s.SendRequestHeader(h3Request("CONNECT", addr, "", "")); err != nil {
+				t.Error(err)
+				return
+			}
+			if resp, err := s.ReadResponse(); err != nil || resp.StatusCode != 200 {
+				t.Error(resp, err)
+				return
+			}
+			data := noise(5_000, byte(i))
+			s.Write(data)
+			s.Close()
+			if got, err := io.ReadAll(s); err != nil || !bytes.Equal(got, data) {
+				t.Errorf("%d bytes came back of %d, %v", len(got), len(data), err)
+			}
+		})
+	}
+	wait.Wait()
+	eventually(t, "the tunnels to be gone", func() bool { return p.metric(t, "sluice_tunnels") == 0 })
+	if n := p.metric(t, `sluice_tunnels_total{reason="client_closed"}`) + p.metric(t, `sluice_tunnels_total{reason="upstream_closed"}`); n != 200 {
+		t.Errorf("%v tunnels came to a good end", n)
+	}
+}
+
+// What a tunnel's end does not take is not read from the other.
+func TestH3TunnelBackPressure(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	p, o := startH3Proxy(t), startOrigin(t)
+	s := p.dialH3(t).connect(o.addr)
+	origin := o.accept()
+	origin.SetReadBuffer(64 << 10)
+	origin.SetWriteBuffer(64 << 10)
+	data := noise(8<<20, 5)
+	s.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+	up, err := s.Write(data)
+	if !errors.Is(err, os.ErrDeadlineExceeded) || up > 7<<20 {
+		t.Fatalf("%d bytes were taken, %v", up, err)
+	}
+	origin.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+	down, err := origin.Write(data)
+	if !errors.Is(err, os.ErrDeadlineExceeded) || down > 7<<20 {
+		t.Fatalf("%d bytes were taken, %v", down, err)
+	}
+	s.SetWriteDeadline(time.Now().Add(2 * patience))
+	origin.SetWriteDeadline(time.Now().Add(2 * patience))
+	go func() {
+		s.Write(data[up:])
+		s.Close()
+	}()
+	origin.sending(data[down:], true)
+	var wait sync.WaitGroup
+	wait.Go(func() { sameBytes(t, "up", origin.all(), data) })
+	got, err := io.ReadAll(s)
+	wait.Wait()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sameBytes(t, "down", got, data)
+}
+
+func TestH3TunnelTimes(t *testing.T) {
+	for variable, want := range map[string]string{"TUNNEL_IDLE_TIMEOUT": "idle_timeout", "TUNNEL_MAX_AGE": "max_age", "TUNNEL_HALF_CLOSE_TIMEOUT": "half_close_timeout"} {
+		t.Run(variable, func(t *testing.T) {
+			p, o := startH3Proxy(t, variable+"=100ms"), originFor(t, t)
+			s := p.dialH3(t).connect(o.addr)
+			origin := o.accept()
+			if want == "half_close_timeout" {
+				s.Close()
+			}
+			origin.wantsEnd()
+			io.ReadAll(s)
+			wantsFields(t, p.recordFor(t, "tunnel", o.addr), map[string]any{"close_reason": want})
+		})
+	}
+}
+
+// What cannot be a tunnel is answered as over HTTP/1.
+func TestH3TunnelRefused(t *testing.T) {
+	p := startH3Proxy(t, "ALLOW_PORTS=1-65534", "DENY_HOSTS=denied.example")
+	client := p.dialH3(t)
+	for authority, want := range map[string]struct {
+		status int
+		token  string
+	}{
+		freeAddr(t):          {502, "connection_refused"},
+		"127.0.0.1:65535":    {403, "http_request_denied"},
+		"denied.example:443": {403, "http_request_denied"},
+		"10.0.0.1:80":        {403, "destination_ip_prohibited"},
+		p.addr:               {502, "proxy_loop_detected"},
+		"127.0.0.1":          {400, "http_request_error"},
+		"[::1":               {400, "http_request_error"},
+		"127.0.0.1:0":        {400, "http_request_error"},
+	} {
+		(&h3Client{client.ClientConn, t, client.conn}).open(h3Request("CONNECT", authority, "", "")).wantsRefusal(want.status, want.token)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Extended CONNECT
+
+func TestH3WebSocket(t *testing.T) {
+	p, o := startH3Proxy(t), startOrigin(t)
+	client := p.dialH3(t)
+	s := client.open(h3Request("CONNECT", o.addr, "/chat?room=1", "websocket", "Sec-Websocket-Version: 13", "Sec-Websocket-Key: of-the-client"))
+	origin := o.accept()
+	req, err := http.ReadRequest(origin.br)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := req.Header["Sec-Websocket-Key"]
+	if req.Method != "GET" || req.RequestURI != "/chat?room=1" || req.Host != o.addr || req.Header.Get("Upgrade") != "websocket" || req.Header.Get("Connection") != "Upgrade" ||
+		len(keys) != 1 || len(keys[0]) != 24 || req.Header.Get("Sec-Websocket-Version") != "13" || req.Header.Get("Via") != "3 sluice-test" {
+		t.Errorf("the origin got %s %s %v", req.Method, req.RequestURI, req.Header)
+	}
+	origin.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: %s\r\nSec-WebSocket-Protocol: chat\r\n\r\nhello", acceptKey(keys[0]))
+	resp := s.wantsStatus(200)
+	if resp.Header.Get("Sec-Websocket-Protocol") != "chat" || resp.Header["Sec-Websocket-Accept"] != nil || resp.Header["Upgrade"] != nil {
+		t.Errorf("the client got %v", resp.Header)
+	}
+	s.wants("hello")
+	s.send("frames")
+	origin.wants("frames")
+	if n := p.metric(t, "sluice_tunnels"); n != 1 {
+		t.Errorf("%v tunnels", n)
+	}
+	s.Close()
+	origin.wantsEnd()
+	origin.Close()
+	s.wantsEnd()
+	wantsFields(t, p.recordFor(t, "request", o.addr), map[string]any{"close_reason": "client_closed", "http.request.body.size": 6.0, "http.response.body.size": 5.0,
+		"network.protocol.version": "3", "url.path": "/chat"})
+}
+
+// What is no WebSocket must not look like one to the client: there, a status of 2xx means that it is.
+func TestH3NoWebSocket(t *testing.T) {
+	p := startH3Proxy(t)
+	client := p.dialH3(t)
+	for name, e := range map[string]struct {
+		answer string
+		status int // 0 = reset
+	}{
+		"wrong key":  {"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: " + acceptKey("another") + "\r\n\r\n", 502},
+		"no key":     {"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 502},
+		"no upgrade": {"HTTP/1.1 101 Switching Protocols\r\n\r\n", 502},
+		"a page":     {plainAnswer, 502},
+		"forbidden":  {"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno", 403},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := originFor(t, t)
+			s := (&h3Client{client.ClientConn, t, client.conn}).open(h3Request("CONNECT", o.addr, "/", "websocket", "Sec-Websocket-Version: 13"))
+			origin := o.accept()
+			origin.head()
+			origin.send("%s", e.answer)
+			s.wantsStatus(e.status)
+			if e.status == 502 {
+				wantsLogged(t, p.recordFor(t, "request", o.addr), 502, "http_protocol_error")
+			}
+		})
+	}
+	eventually(t, "no tunnel", func() bool { return p.metric(t, "sluice_tunnels") == 0 })
+}
+
+func TestH3OtherProtocols(t *testing.T) {
+	p, o := startH3Proxy(t), startOrigin(t)
+	client := p.dialH3(t)
+	for _, protocol := range []string{"connect-ip", "webtransport", "Websocket"} {
+		client.open(h3Request("CONNECT", o.addr, "/", protocol)).wantsRefusal(501, "http_request_error")
+	}
+	o.wantsNone()
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Policy and limits
+
+func TestH3Credentials(t *testing.T) {
+	p, o := startH3Proxy(t, "USERS=ann:secret"), startOrigin(t)
+	client := p.dialH3(t)
+	for _, r := range []*http.Request{
+		h3Request("GET", o.addr, "/", ""),
+		h3Request("GET", o.addr, "/", "", strings.TrimSpace(basic("ann:wrong"))),
+		h3Request("CONNECT", o.addr, "", ""),
+		h3Request("CONNECT", o.addr, "/", "websocket"),
+		h3Request("CONNECT", p.addr, udpPath(o.addr), "connect-udp"),
+	} {
+		s := client.open(r)
+		if r.Method == "GET" {
+			s.Close()
+		}
+		if resp := s.wantsRefusal(407, "http_request_denied"); resp.Header.Get("Proxy-Authenticate") == "" {
+			t.Errorf("no challenge: %v", resp.Header)
+		}
+	}
+	o.wantsNone()
+	go func() {
+		origin := o.accept()
+		if head := origin.head(); strings.Contains(head, "Proxy-Auth") {
+			t.Errorf("the origin got %q", head)
+		}
+		origin.send(plainAnswer)
+	}()
+	if resp, _ := client.roundTrip(h3Request("GET", o.addr, "/ok", "", strings.TrimSpace(basic("ann:secret")))); resp.StatusCode != 200 {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+	eventually(t, "the record", func() bool { return strings.Contains(p.log.all(), `"user.name":"ann"`) })
+}
+
+func TestH3Rate(t *testing.T) {
+	p := startH3Proxy(t, "RATE=1", "RATE_BURST=2")
+	client := p.dialH3(t)
+	var got []int
+	for range 4 {
+		resp, _ := client.roundTrip(h3Request("OPTIONS", "127.0.0.1:9", "/", "", "Max-Forwards: 0"))
+		got = append(got, resp.StatusCode)
+	}
+	if !slices.Equal(got, []int{200, 200, 429, 429}) {
+		t.Errorf("got %v", got)
+	}
+}
+
+// A client whose address is not allowed is not even shaken hands with.
+func TestH3ClientNotAllowed(t *testing.T) {
+	p := startH3Proxy(t, "ALLOW_CLIENTS=10.0.0.0/8")
+	_, err := p.dialQUIC(t)
+	if e := (*quic.TransportError)(nil); !errors.As(err, &e) || e.ErrorCode != quic.ConnectionRefused {
+		t.Errorf("got %v, want CONNECTION_REFUSED", err)
+	}
+	if n := p.metric(t, "sluice_client_connections_total"); n != 0 {
+		t.Errorf("%v connections were accepted", n)
+	}
+}
+
+func TestH3MaxConns(t *testing.T) {
+	for _, variable := range []string{"MAX_CONNS", "MAX_CONNS_PER_CLIENT"} {
+		t.Run(variable, func(t *testing.T) {
+			p := startH3Proxy(t, variable+"=1")
+			first := p.dialH3(t)
+			ping := func(c *h3Client) {
+				if resp, _ := c.roundTrip(h3Request("OPTIONS", "127.0.0.1:9", "/", "", "Max-Forwards: 0")); resp.StatusCode != 200 {
+					t.Errorf("status %d", resp.StatusCode)
+				}
+			}
+			ping(first)
+			second, err := p.dialQUIC(t)
+			if err == nil { // the handshake is over before it is counted
+				select {
+				case <-second.Context().Done():
+					err = context.Cause(second.Context())
+				case <-time.After(patience):
+				}
+			}
+			if e := (*quic.ApplicationError)(nil); !errors.As(err, &e) || e.ErrorCode != quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad) || !strings.Contains(e.ErrorMessage, "SLUICE_"+variable) {
+				t.Errorf("got %v, want H3_EXCESSIVE_LOAD", err)
+			}
+			wantsLogged(t, p.log.await(t, "request", 2), 0, "connection_limit_reached")
+			first.conn.CloseWithError(0x100, "")
+			eventually(t, "the first to be gone", func() bool { return p.metric(t, "sluice_client_connections") == 0 })
+			ping(p.dialH3(t))
+		})
+	}
+}
+
+func TestH3MaxTunnels(t *testing.T) {
+	p, addr := startH3Proxy(t, "MAX_TUNNELS=2"), echoTCP(t)
+	client := p.dialH3(t)
+	first := client.connect(addr)
+	u := startUDP(t)
+	second := client.connectUDP(p, u.addr)
+	client.open(h3Request("CONNECT", addr, "", "")).wantsRefusal(503, "connection_limit_reached")
+	client.open(h3Request("CONNECT", p.addr, udpPath(u.addr), "connect-udp")).wantsRefusal(503, "connection_limit_reached")
+	client.open(h3Request("CONNECT", addr, "/", "websocket", "Sec-Websocket-Version: 13")).wantsRefusal(503, "connection_limit_reached")
+	second.Close()
+	first.Close()
+	eventually(t, "the tunnels to be gone", func() bool { return p.metric(t, "sluice_tunnels") == 0 })
+	client.connect(addr)
+	client.connectUDP(p, u.addr)
+}
+
+func TestH3ClientCertificates(t *testing.T) {
+	ca, other := newH3Authority(t), newH3Authority(t)
+	p, o := startH3Proxy(t, "TLS_CLIENT_CA="+ca.pem()), startOrigin(t)
+	stranger, _, _ := other.issue(t, "mallory")
+	for name, certs := range map[string][]tls.Certificate{"none": nil, "another authority's": {stranger}} {
+		conn, err := p.dialQUIC(t, certs...)
+		if err == nil { // a client takes its own Finished for the end of the handshake
+			select {
+			case <-conn.Context().Done():
+				err = context.Cause(conn.Context())
+			case <-time.After(patience):
+			}
+		}
+		if e := (*quic.TransportError)(nil); !errors.As(err, &e) || !e.ErrorCode.IsCryptoError() || !e.Remote {
+			t.Errorf("%s: got %v, want an alert", name, err)
+		}
+	}
+	if n := p.metric(t, "sluice_client_connections_total"); n != 0 {
+		t.Errorf("%v connections were accepted", n)
+	}
+	ann, _, _ := ca.issue(t, "ann")
+	go func() {
+		origin := o.accept()
+		origin.head()
+		origin.send(plainAnswer)
+	}()
+	if resp, _ := p.dialH3(t, ann).roundTrip(h3Request("GET", o.addr, "/", "")); resp.StatusCode != 200 {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+	wantsFields(t, p.recordFor(t, "request", o.addr), map[string]any{"user.name": "ann"})
+}
+
+// A client that comes again need not have its certificate checked anew.
+func TestH3Resumption(t *testing.T) {
+	p := startH3Proxy(t)
+	config := &tls.Config{RootCAs: p.ca.pool(), NextProtos: []string{"h3"}, ClientSessionCache: tls.NewLRUClientSessionCache(1)}
+	resumed := func() bool {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		conn, err := quic.DialAddr(ctx, p.addr, config, &quic.Config{EnableDatagrams: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.CloseWithError(0x100, "")
+		(&h3Client{speakH3(t, conn).ClientConn, t, conn}).roundTrip(h3Request("OPTIONS", "127.0.0.1:9", "/", "", "Max-Forwards: 0")) // the ticket is here then
+		return conn.ConnectionState().TLS.DidResume
+	}
+	if resumed() || !resumed() {
+		t.Error("a session was not resumed")
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// UDP tunnels
+
+// udpPath is the path of a request for a UDP tunnel (RFC 9298, 2).
+func udpPath(addr string) string {
+	host, port, _ := net.SplitHostPort(addr)
+	return "/.well-known/masque/udp/" + strings.ReplaceAll(host, ":", "%3A") + "/" + port + "/"
+}
+
+// udpOrigin is a socket that a test drives by hand.
+type udpOrigin struct {
+	*net.UDPConn
+	t    *testing.T
+	addr string
+}
+
+func startUDP(t *testing.T) *udpOrigin { return startUDPAt(t, "127.0.0.1:0") }
+
+func startUDPAt(t *testing.T, addr string) *udpOrigin {
+	t.Helper()
+	c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(addr)))
+	if err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(2 * patience))
+	return &udpOrigin{c, t, c.LocalAddr().String()}
+}
+
+// wants receives a datagram, and gives where it came from.
+func (u *udpOrigin) wants(want string) netip.AddrPort {
+	u.t.Helper()
+	b := make([]byte, 1<<16)
+	n, from, err := u.ReadFromUDPAddrPort(b)
+	if err != nil || string(b[:n]) != want {
+		u.t.Fatalf("the origin got %d bytes %.100q (%v), want %.100q", n, b[:n], err, want)
+	}
+	return from
+}
+
+func (u *udpOrigin) send(to netip.AddrPort, text string) {
+	u.t.Helper()
+	if _, err := u.WriteToUDPAddrPort([]byte(text), to); err != nil {
+		u.t.Fatal(err)
+	}
+}
+
+// connectUDP opens a UDP tunnel.
+func (c *h3Client) connectUDP(p *h3Proxy, addr string) *h3Stream {
+	c.t.Helper()
+	s := c.open(h3Request("CONNECT", p.addr, udpPath(addr), "connect-udp", "Capsule-Protocol: ?1"))
+	if resp := s.wantsStatus(200); resp.Header.Get("Capsule-Protocol") != "?1" {
+		c.t.Errorf("the answer has %v", resp.Header)
+	}
+	return s
+}
+
+// datagram sends an HTTP datagram: context ID 0 and a payload.
+func (s *h3Stream) datagram(payload string) {
+	s.t.Helper()
+	if err := s.SendDatagram([]byte("\x00" + payload)); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *h3Stream) wantsDatagram(want string) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if b, err := s.ReceiveDatagram(ctx); err != nil || string(b) != "\x00"+want {
+		s.t.Fatalf("the client got %.100q (%v), want %.100q", b, err, want)
+	}
+}
+
+// capsule is a capsule as it stands in a stream (RFC 9297, 3.2).
+func capsule(kind uint64, value string) string { return string(h3Frame(kind, []byte(value))) }
+
+func TestH3UDP(t *testing.T) {
+	p, u := startH3Proxy(t), startUDP(t)
+	s := p.dialH3(t).connectUDP(p, u.addr)
+	s.datagram("one")
+	from := u.wants("one")
+	u.send(from, "two")
+	s.wantsDatagram("two")
+	s.datagram("") // is one, too
+	u.wants("")
+	u.send(from, "")
+	s.wantsDatagram("")
+
+	// They may come in capsules as well. Those of unknown types, and datagrams of unknown contexts, are nothing to it.
+	s.send(capsule(0x1234, strings.Repeat("?", 100_000)) + capsule(0, "\x00three") + capsule(0, "\x02four") + capsule(0, "\x40\x00five") + capsule(0, "\x00"))
+	s.SendDatagram([]byte("\x02six"))
+	s.SendDatagram(nil)
+	u.wants("three")
+	u.wants("five")
+	u.wants("")
+	s.datagram("seven")
+	u.wants("seven")
+
+	// Only what comes from the address that was asked for is passed on.
+	startUDP(t).send(from, "from a stranger")
+	u.send(from, "eight")
+	s.wantsDatagram("eight")
+
+	if n := p.metric(t, "sluice_tunnels"); n != 1 {
+		t.Errorf("%v tunnels", n)
+	}
+	s.Close()
+	s.wantsEnd()
+	wantsFields(t, p.recordFor(t, "tunnel", u.addr), map[string]any{"network.transport": "udp", "http.request.method": "CONNECT", "network.protocol.version": "3",
+		"http.request.body.size": float64(len("onethreefiveseven")), "http.response.body.size": float64(len("twoeight")), "close_reason": "client_closed",
+		"http.response.status_code": 200.0, "network.peer.address": "127.0.0.1"})
+	eventually(t, "the tunnel to be gone", func() bool { return p.metric(t, "sluice_tunnels") == 0 })
+	if up, down := p.metric(t, `sluice_bytes_total{direction="up"}`), p.metric(t, `sluice_bytes_total{direction="down"}`); up != 17 || down != 8 {
+		t.Errorf("metrics: %v bytes up, %v down", up, down)
+	}
+}
+
+// A client without QUIC's datagrams gets what comes in capsules (RFC 9297, 3.5).
+func TestH3UDPCapsulesAlone(t *testing.T) {
+	p, u := startH3Proxy(t), startUDP(t)
+	conn, err := p.dialQUIC(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain := (&http3.Transport{DisableCompression: true}).NewClientConn(conn) // its SETTINGS do not have them
+	<-plain.ReceivedSettings()
+	s := (&h3Client{plain, t, conn}).connectUDP(p, u.addr)
+	s.send(capsule(0, "\x00ping"))
+	from := u.wants("ping")
+	u.send(from, "pong")
+	s.wants(capsule(0, "\x00pong"))
+	u.send(from, strings.Repeat("x", 9000)) // no path's limit applies
+	s.wants(capsule(0, "\x00"+strings.Repeat("x", 9000)))
+	s.Close()
+	s.wantsEnd()
+}
+
+// What is no capsule, or one that cannot be a datagram, ends the tunnel, and not well (RFC 9297, 3.3; RFC 9298, 5).
+func TestH3UDPBadCapsules(t *testing.T) {
+	p, u := startH3Proxy(t), startUDP(t)
+	client := p.dialH3(t)
+	for name, b := range map[string]string{
+		"cut in its type":   "\x40",
+		"cut in its length": "\x00\x80\x00",
+		"cut in its value":  capsule(0, "\x00hello")[:5],
+		"unknown and cut":   capsule(0x1234, "hello")[:5],
+		"too long":          capsule(0, "\x00"+strings.Repeat("x", 65528)),
+		"endless":           "\x00\xff\xff\xff\xff\xff\xff\xff\xff",
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := (&h3Client{client.ClientConn, t, client.conn}).connectUDP(p, u.addr)
+			s.Write([]byte(b)) // may be stopped before its end
+			if !strings.Contains(name, "long") && name != "endless" {
+				s.Close()
+			}
+			s.wantsReset(http3.ErrCodeConnectError)
+		})
+	}
+	eventually(t, "the tunnels to be gone", func() bool { return p.metric(t, "sluice_tunnels") == 0 })
+	if n := p.metric(t, `sluice_tunnels_total{reason="connection_error"}`); n != 6 {
+		t.Errorf("%v tunnels ended by an error", n)
+	}
+	u.SetReadDeadline(time.Now().Add(30 * time.Millisecond))
+	if n, err := u.Read(make([]byte, 1<<16)); err == nil {
+		t.Errorf("the origin got %d bytes", n)
+	}
+}
+
+func TestH3UDPRefused(t *testing.T) {
+	p := startH3Proxy(t, "ALLOW_PORTS=1-65534", "DENY_HOSTS=denied.example,127.0.0.9", "ALLOW_CIDRS=127.0.0.0/8", "USERS=")
+	client := p.dialH3(t)
+	for path, want := range map[string]struct {
+		status int
+		token  string
+	}{
+		"/":                                                 {400, "http_request_error"},
+		"/.well-known/masque/udp/":                          {400, "http_request_error"},
+		"/.well-known/masque/udp/127.0.0.1":                 {400, "http_request_error"},
+		"/.well-known/masque/udp//53/":                      {400, "http_request_error"},
+		"/.well-known/masque/udp/127.0.0.1//":               {400, "http_request_error"},
+		"/.well-known/masque/udp/127.0.0.1/0/":              {400, "http_request_error"},
+		"/.well-known/masque/udp/127.0.0.1/65536/":          {400, "http_request_error"},
+		"/.well-known/masque/udp/127.0.0.1/+53/":            {400, "http_request_error"},
+		"/.well-known/masque/udp/127.0.0.1/53/x":            {400, "http_request_error"},
+		"/.well-known/masque/udp/127.0.0.1/53/?x":           {400, "http_request_error"},
+		"/.well-known/masque/udp/127.0.0.1%2F53/53/":        {400, "http_request_error"},
+		"/.well-known/masque/udp/a%0D%0AX:%20y/53/":         {400, "http_request_error"},
+		"/.well-known/masque/udp/a%20b/53/":                 {400, "http_request_error"},
+		"/.well-known/masque/udp/a%00b/53/":                 {400, "http_request_error"},
+		"/.well-known/masque/udp/u@127.0.0.1/53/":           {400, "http_request_error"},
+		"/.well-known/masque/udp/%5B%3A%3A1%5D/53/":         {400, "http_request_error"},
+		"/.well-known/masque/udp/fe80%3A%3A1%25eth0/53/":    {400, "http_request_error"},
+		"/.well-known/masque/udp/127.0.0.1/65535/":          {403, "http_request_denied"},
+		"/.well-known/masque/udp/denied.example/53/":        {403, "http_request_denied"},
+		"/.well-known/masque/udp/127.0.0.9/53/":             {403, "http_request_denied"},
+		"/.well-known/masque/udp/10.1.2.3/53/":              {403, "destination_ip_prohibited"},
+		"/.well-known/masque/udp/%3A%3Affff%3A10.1.2.3/53/": {403, "destination_ip_prohibited"},
+		"/.well-known/masque/udp/%3A%3A1/53/":               {403, "destination_ip_prohibited"},
+		"/.well-known/masque/udp/224.0.0.1/53/":             {403, "destination_ip_prohibited"},
+		"/.well-known/masque/udp/255.255.255.255/53/":       {403, "destination_ip_prohibited"},
+		udpPath(p.addr):                                     {502, "proxy_loop_detected"},
+	} {
+		t.Run(path, func(t *testing.T) {
+			(&h3Client{client.ClientConn, t, client.conn}).open(h3Request("CONNECT", p.addr, path, "connect-udp")).wantsRefusal(want.status, want.token)
+		})
+	}
+	if n := p.metric(t, "sluice_tunnels"); n != 0 {
+		t.Errorf("%v tunnels", n)
+	}
+}
+
+// Names are resolved before the answer, so that it tells what became of that.
+func TestH3UDPNames(t *testing.T) {
+	dns := startDNS(t)
+	dns.set("here.example", dnsReply{addrs: "127.0.0.1"})
+	dns.set("inside.example", dnsReply{addrs: "10.0.0.1"})
+	p, u := startH3Proxy(t, "DNS_SERVERS="+dns.addr), startUDP(t)
+	client := p.dialH3(t)
+	port := u.addr[strings.LastIndexByte(u.addr, ':'):]
+	s := client.connectUDP(p, "here.example"+port)
+	s.datagram("hello")
+	u.wants("hello")
+	client.open(h3Request("CONNECT", p.addr, udpPath("nowhere.example"+port), "connect-udp")).wantsRefusal(502, "dns_error")
+	client.open(h3Request("CONNECT", p.addr, udpPath("inside.example"+port), "connect-udp")).wantsRefusal(403, "destination_ip_prohibited")
+	s.cancel()
+	wantsFields(t, p.recordFor(t, "tunnel", "here.example"+port), map[string]any{"close_reason": "connection_error", "network.peer.address": "127.0.0.1"})
+}
+
+// A datagram socket that cannot be had is told of, and the next address tried.
+func TestH3UDPUnroutable(t *testing.T) {
+	const far = "[fe80::1]:53" // of no link
+	p, u := startH3Proxy(t, "ALLOW_CIDRS=127.0.0.0/8,fe80::/10"), startUDP(t)
+	p.dialH3(t).open(h3Request("CONNECT", p.addr, udpPath(far), "connect-udp")).wantsRefusal(502, "destination_ip_unroutable")
+	c, err := dialUDP([]netip.AddrPort{netip.MustParseAddrPort(far), netip.MustParseAddrPort(u.addr)})
+	if err != nil || c.RemoteAddr().String() != u.addr {
+		t.Fatal(c, err)
+	}
+	c.Close()
+}
+
+func TestH3UDPOverIPv6(t *testing.T) {
+	p, u := startH3Proxy(t), startUDPAt(t, "[::1]:0")
+	path := udpPath(u.addr)
+	if !strings.Contains(path, "/%3A%3A1/") {
+		t.Fatal(path)
+	}
+	s := p.dialH3(t).connectUDP(p, u.addr)
+	s.datagram("six")
+	u.send(u.wants("six"), "6")
+	s.wantsDatagram("6")
+}
+
+// Where nobody listens, the tunnel ends, and not well.
+func TestH3UDPUnreachable(t *testing.T) {
+	p, u := startH3Proxy(t), startUDP(t)
+	s := p.dialH3(t).connectUDP(p, u.addr)
+	s.datagram("hello")
+	u.wants("hello")
+	u.Close()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.wantsReset(http3.ErrCodeConnectError)
+	}()
+	for sending := true; sending; { // the first is refused, or the next
+		s.SendDatagram([]byte("\x00?"))
+		select {
+		case <-ended:
+			sending = false
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	wantsFields(t, p.recordFor(t, "tunnel", u.addr), map[string]any{"close_reason": "connection_error"})
+}
+
+// What is too long for the client's path, or for the proxy, is dropped as routers do, and never cut.
+func TestH3UDPLarge(t *testing.T) {
+	p, u := startH3Proxy(t), startUDP(t)
+	s := p.dialH3(t).connectUDP(p, u.addr)
+	long := string(noise(60_000, 1))
+	s.send(capsule(0, "\x00"+long) + capsule(0, "\x00after"))
+	from := u.wants(long)
+	u.wants("after")
+	for _, n := range []int{3000, 16_375, 16_376, 16_377, 20_000, 65_507} {
+		u.send(from, long[:min(n, len(long))])
+		u.send(from, long[:1000]) // awaited each time: a socket's buffer does not hold them all
+		s.wantsDatagram(long[:1000])
+	}
+	s.Close()
+	s.wantsEnd()
+	wantsFields(t, p.recordFor(t, "tunnel", u.addr), map[string]any{"http.request.body.size": 60_005.0, "http.response.body.size": 6000.0})
+}
+
+// A tunnel for datagrams is not ended sooner than after two minutes without one (RFC 9298, 3.1).
+func TestH3UDPIdle(t *testing.T) {
+	p, u, o := startH3Proxy(t, "TUNNEL_IDLE_TIMEOUT=30ms"), startUDP(t), startOrigin(t)
+	conn := p.dialH3(t)
+	s := conn.connectUDP(p, u.addr)
+	conn.connect(o.addr)
+	p.recordFor(t, "tunnel", o.addr) // is over by now
+	s.datagram("still there")
+	u.wants("still there")
+
+	for idle, ends := range map[time.Duration]bool{119 * time.Second: false, 121 * time.Second: true} {
+		srv := testServer(t, "TUNNEL_IDLE_TIMEOUT=30ms")
+		f := &flow{x: &exchange{summary: summary{srv: srv, c: &client{}}}, m: &muxed{control: http.NewResponseController(httptest.NewRecorder())}, udp: startUDP(t).UDPConn,
+			since: time.Now().Add(-idle), more: minUDPIdle - srv.cfg.TunnelIdleTimeout, cancel: func() {}, timer: time.NewTimer(time.Hour)}
+		if f.tick(); (f.reason == "idle_timeout") != ends {
+			t.Errorf("after %v: %q", idle, f.reason)
+		}
+		f.timer.Stop()
+		srv.close()
+	}
+}
+
+func TestH3UDPMaxAge(t *testing.T) {
+	p, u := startH3Proxy(t, "TUNNEL_MAX_AGE=100ms"), startUDP(t)
+	s := p.dialH3(t).connectUDP(p, u.addr)
+	s.wantsEnd()
+	wantsFields(t, p.recordFor(t, "tunnel", u.addr), map[string]any{"close_reason": "max_age"})
+}
+
+func TestH3UDPMaxConnsPerHost(t *testing.T) {
+	p, u, v := startH3Proxy(t, "MAX_CONNS_PER_HOST=1"), startUDP(t), startUDP(t)
+	client := p.dialH3(t)
+	s := client.connectUDP(p, u.addr)
+	client.open(h3Request("CONNECT", p.addr, udpPath(u.addr), "connect-udp")).wantsRefusal(503, "connection_limit_reached")
+	client.connectUDP(p, v.addr)
+	s.Close()
+	eventually(t, "the first to be gone", func() bool { return p.metric(t, "sluice_tunnels") == 1 })
+	client.connectUDP(p, u.addr)
+}
+
+// h3Packets is a UDP tunnel as a socket.
+type h3Packets struct {
+	*h3Stream
+	to     net.Addr
+	ctx    context.Context
+	cancel func()
+}
+
+func (c h3Packets) ReadFrom(b []byte) (int, net.Addr, error) {
+	for {
+		d, err := c.ReceiveDatagram(c.ctx)
+		if err != nil {
+			return 0, nil, net.ErrClosed
+		} else if len(d) > 0 && d[0] == 0 {
+			return copy(b, d[1:]), c.to, nil
+		}
+	}
+}
+
+func (c h3Packets) WriteTo(b []byte, _ net.Addr) (int, error) {
+	c.SendDatagram(append([]byte{0}, b...)) // what is too long is lost
+	return len(b), nil
+}
+
+func (c h3Packets) Close() error {
+	c.cancel()
+	return c.h3Stream.Close()
+}
+
+// SetReadDeadline is how quic.Transport ends a read.
+func (c h3Packets) SetReadDeadline(at time.Time) error {
+	if !at.IsZero() {
+		c.cancel()
+	}
+	return nil
+}
+
+func (c h3Packets) LocalAddr() net.Addr { return &net.UDPAddr{} }
+
+// What UDP tunnels are for: HTTP/3 to an origin, through HTTP/3 to the proxy.
+func TestH3InUDP(t *testing.T) {
+	p, u := startH3Proxy(t), startUDP(t)
+	pair, _, _ := p.ca.issue(t, "origin")
+	data := noise(1<<20, 7)
+	origin := &http3.Server{TLSConfig: http3.ConfigureTLSConfig(&tls.Config{Certificates: []tls.Certificate{pair}}), QUICConfig: &quic.Config{InitialPacketSize: 1200, DisablePathMTUDiscovery: true},
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(w, r.Body)
+			w.Write(data)
+		})}
+	u.SetDeadline(time.Time{})
+	served := make(chan error, 1)
+	go func() { served <- origin.Serve(u.UDPConn) }()
+	t.Cleanup(func() { origin.Close(); <-served })
+
+	ctx, cancel := context.WithCancel(context.Background())
+	tunnel := p.dialH3(t).connectUDP(p, u.addr)
+	transport := &quic.Transport{Conn: h3Packets{tunnel, u.LocalAddr(), ctx, cancel}}
+	t.Cleanup(func() { transport.Close() })
+	dialing, stop := context.WithTimeout(ctx, patience)
+	defer stop()
+	conn, err := transport.Dial(dialing, u.LocalAddr(), &tls.Config{RootCAs: p.ca.pool(), NextProtos: []string{"h3"}, ServerName: "127.0.0.1"},
+		&quic.Config{InitialPacketSize: 1200, DisablePathMTUDiscovery: true, EnableDatagrams: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	inner := (&http3.Transport{DisableCompression: true}).NewClientConn(conn)
+	req := h3Request("POST", u.addr, "/", "")
+	req.Body, req.ContentLength = io.NopCloser(strings.NewReader("ping")), 4
+	resp, body := (&h3Client{inner, t, conn}).roundTrip(req)
+	if resp.StatusCode != 200 {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+	sameBytes(t, "the body", []byte(body), append([]byte("ping"), data...))
+	conn.CloseWithError(0x100, "")
+	tunnel.Close()
+	if r := p.recordFor(t, "tunnel", u.addr); r["http.response.body.size"].(float64) < 1<<20 {
+		t.Errorf("record: %v", r)
+	}
+}
+
+// Over HTTP/2 datagrams come and go in capsules. net/http's server has extended CONNECT only where GODEBUG says so.
+func TestH2UDP(t *testing.T) {
+	if !again(t, "env", "GODEBUG=http2xconnect=1", os.Args[0], "-test.run", "^"+t.Name()+"$", "-test.v") {
+		return
+	}
+	p, u := startProxy(t), startUDP(t)
+	c := p.dial(t)
+	c.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+	f := http2.NewFramer(c, c.br)
+	f.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	f.WriteSettings()
+	var block bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	for _, field := range []string{":method CONNECT", ":protocol connect-udp", ":scheme https", ":authority " + p.addr, ":path " + udpPath(u.addr), "capsule-protocol ?1"} {
+		name, value, _ := strings.Cut(field, " ")
+		enc.WriteField(hpack.HeaderField{Name: name, Value: value})
+	}
+	f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true})
+	var got string
+	var ended bool
+	next := func() {
+		frame, err := f.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch frame := frame.(type) {
+		case *http2.SettingsFrame:
+			if !frame.IsAck() {
+				f.WriteSettingsAck()
+			}
+		case *http2.MetaHeadersFrame:
+			got += fmt.Sprintln(frame.PseudoValue("status"))
+		case *http2.DataFrame:
+			got, ended = got+string(frame.Data()), frame.StreamEnded()
+		case *http2.RSTStreamFrame:
+			t.Fatalf("reset: %v", frame.ErrCode)
+		}
+	}
+	wants := func(want string) {
+		t.Helper()
+		for got = ""; len(got) < len(want); {
+			next()
+		}
+		if got != want {
+			t.Fatalf("got %.200q, want %.200q", got, want)
+		}
+	}
+	wants("200\n")
+	f.WriteData(1, false, []byte(capsule(0, "\x00one")+capsule(0x99, "?")+capsule(0, "\x00two")[:3]))
+	f.WriteData(1, false, []byte(capsule(0, "\x00two")[3:]))
+	from := u.wants("one")
+	u.wants("two")
+	u.send(from, "three")
+	wants(capsule(0, "\x00three"))
+	long := strings.Repeat("x", 9000)
+	u.send(from, long)
+	wants(capsule(0, "\x00"+long))
+	f.WriteData(1, true, nil)
+	for !ended {
+		next()
+	}
+	wantsFields(t, p.recordFor(t, "tunnel", u.addr), map[string]any{"network.protocol.version": "2", "network.transport": "udp", "close_reason": "client_closed",
+		"http.request.body.size": 6.0, "http.response.body.size": 9005.0})
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Floods
+
+// Streams that are opened and reset at once leave nothing behind, and never have more under way than a connection may.
+func TestH3ResetFlood(t *testing.T) {
+	p, o := startH3Proxy(t), startOrigin(t)
+	client := p.dialH3(t)
+	var open, most, dials atomic.Int64
+	go func() { // answers nothing
+		for c, err := o.Accept(); err == nil; c, err = o.Accept() {
+			dials.Add(1)
+			most.Store(max(most.Load(), open.Add(1)))
+			go func() {
+				io.Copy(io.Discard, c)
+				open.Add(-1)
+				c.Close()
+			}()
+		}
+	}()
+	before, peak := runtime.NumGoroutine(), 0
+	for round := range 8 {
+		var all []*h3Stream
+		for i := range maxStreams {
+			r := h3Request("GET", o.addr, "/", "")
+			if i%2 == 1 {
+				r = h3Request("CONNECT", o.addr, "", "")
+			}
+			s := client.open(r)
+			if r.Method == "GET" {
+				s.Close()
+			}
+			if all = append(all, s); round%2 == 1 { // in other rounds the requests get there first
+				s.cancel()
+			}
+		}
+		peak = max(peak, runtime.NumGoroutine())
+		for _, s := range all {
+			s.cancel()
+		}
+	}
+	eventually(t, "the origin to be left alone", func() bool {
+		return open.Load() == 0 && p.metric(t, "sluice_pool_active_connections") == 0 && p.metric(t, "sluice_tunnels") == 0
+	})
+	eventually(t, "the goroutines to be gone", func() bool { return runtime.NumGoroutine() < before+20 })
+	if most.Load() > 2*maxStreams || peak > before+8*maxStreams {
+		t.Errorf("%d connections at a time of %d, %d goroutines (%d before)", most.Load(), dials.Load(), peak, before)
+	}
+	if resp, _ := client.roundTrip(h3Request("OPTIONS", "127.0.0.1:9", "/", "", "Max-Forwards: 0")); resp.StatusCode != 200 {
+		t.Errorf("the connection is of no more use: %s", resp.Status)
+	}
+}
+
+// Heads that are large, or become so when QPACK is undone, are refused before they are.
+func TestH3HeaderBombs(t *testing.T) {
+	p, o := startH3Proxy(t, "MAX_HEADER=16KiB"), startOrigin(t)
+	client := p.dialH3(t)
+	begin := []string{":method: GET", ":scheme: http", ":authority: " + o.addr, ":path: /"}
+	many := slices.Clone(begin)
+	for range 400 {
+		many = append(many, "x: ") // 34 bytes each, as they are counted
+	}
+	static := append([]byte{0, 0, 0xd1, 0xd6, 0xc1}, bytes.Repeat([]byte{0xff, 0}, 8000)...) // from the table, two bytes each
+	for name, b := range map[string][]byte{
+		"long":   h3Fields(append(begin, "x-a: "+strings.Repeat("x", 17<<10))...),
+		"many":   h3Fields(append(many, many[4:]...)...),
+		"table":  h3Frame(1, static),
+		"told":   quicvarint.Append(quicvarint.Append(nil, 1), 1<<40),
+		"toldUp": quicvarint.Append(quicvarint.Append(nil, 0x21), 1<<40), // a frame to be skipped
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := (&h3Client{client.ClientConn, t, client.conn}).raw(b)
+			if name == "toldUp" {
+				s.CancelWrite(0x10c)
+			}
+			if got, err := io.ReadAll(s); errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("neither a reset nor an answer: %q", got)
+			}
+		})
+	}
+	s := client.raw(h3Fields(begin...), h3Frame(0, []byte("x")), h3Fields("x-a: "+strings.Repeat("x", 17<<10))) // trailers
+	s.Close()
+	o.accept().all()
+	o.wantsNone()
+	if resp, _ := client.roundTrip(h3Request("OPTIONS", "127.0.0.1:9", "/", "", "Max-Forwards: 0")); resp.StatusCode != 200 {
+		t.Errorf("the connection is of no more use: %s", resp.Status)
+	}
+}
+
+// A connection is idle also while heads stand still in its streams.
+func TestH3SlowHeads(t *testing.T) {
+	p := startH3Proxy(t, "IDLE_TIMEOUT=150ms")
+	client := p.dialH3(t)
+	for range 100 {
+		client.raw([]byte{1, 0x40, 100, 0, 0})
+	}
+	select {
+	case <-client.conn.Context().Done():
+	case <-time.After(patience):
+		t.Fatal("the connection goes on")
+	}
+	eventually(t, "the connection to be gone", func() bool { return p.metric(t, "sluice_client_connections") == 0 })
+
+	// One with a tunnel is not idle, and one with nothing is.
+	client, o := p.dialH3(t), startOrigin(t)
+	s := client.connect(o.addr)
+	p.dialH3(t)
+	eventually(t, "the other to be gone", func() bool { return p.metric(t, "sluice_client_connections") == 1 })
+	s.send("still there")
+	o.accept().wants("still there")
+	s.Close()
+	s.cancel()
+	eventually(t, "the connection to be gone", func() bool { return p.metric(t, "sluice_client_connections") == 0 })
+}
+
+// deaf is a socket that hears nothing.
+type deaf struct {
+	net.PacketConn
+	until chan struct{}
+}
+
+func (d *deaf) ReadFrom([]byte) (int, net.Addr, error) {
+	<-d.until
+	return 0, nil, net.ErrClosed
+}
+
+func (d *deaf) SetReadDeadline(at time.Time) error {
+	if !at.IsZero() {
+		close(d.until)
+	}
+	return nil
+}
+
+// Handshakes that come to no end are forgotten when HEADER_TIMEOUT is over; most are held by no memory at all.
+func TestH3HandshakeFlood(t *testing.T) {
+	p := startH3Proxy(t, "HEADER_TIMEOUT=200ms")
+	before := runtime.NumGoroutine()
+	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	transport := &quic.Transport{Conn: &deaf{udp, make(chan struct{})}}
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	to := net.UDPAddrFromAddrPort(netip.MustParseAddrPort(p.addr))
+	var wait sync.WaitGroup
+	for range 400 {
+		wait.Go(func() {
+			if _, err := transport.Dial(ctx, to, &tls.Config{RootCAs: p.ca.pool(), NextProtos: []string{"h3"}, ServerName: "127.0.0.1"}, nil); err == nil {
+				t.Error("a handshake without an answer")
+			}
+		})
+	}
+	wait.Wait()
+	cancel()
+	transport.Close()
+	udp.Close()
+	junk, _ := net.Dial("udp", p.addr)
+	for i := range 200 {
+		junk.Write(noise(1200, byte(i)))
+		junk.Write(append([]byte{0xc0, 0, 0, 0, 1, 8}, noise(1194, byte(i))...)) // as if of version 1
+	}
+	junk.Close()
+	eventually(t, "the handshakes to be forgotten", func() bool { return runtime.NumGoroutine() < before+20 })
+	if n := p.metric(t, "sluice_client_connections_total"); n != 0 {
+		t.Errorf("%v connections were accepted", n)
+	}
+	p.dialH3(t)
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Drain
+
+func TestH3Drain(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	p, o, u := startH3Proxy(t, "DRAIN_TIMEOUT=800ms"), startOrigin(t), startUDP(t)
+	client := p.dialH3(t)
+	s := client.open(h3Request("GET", o.addr, "/", ""))
+	s.Close()
+	slow := o.accept()
+	slow.head()
+	tunnel := client.connect(o.addr)
+	end := o.accept()
+	packets := client.connectUDP(p, u.addr)
+	other := p.dialH3(t)
+
+	stopped := make(chan struct{})
+	go func() { defer close(stopped); p.stop() }()
+	eventually(t, "GOAWAY", func() bool {
+		s, err := client.OpenRequestStream(t.Context())
+		if err == nil {
+			s.CancelRead(0x10c)
+			s.CancelWrite(0x10c)
+		}
+		return err != nil
+	})
+	if client.conn.Context().Err() != nil {
+		t.Fatal("the connection did not wait for its streams")
+	}
+	select {
+	case <-other.conn.Context().Done(): // it had nothing to wait for
+	case <-time.After(patience):
+		t.Error("an idle connection goes on")
+	}
+	slow.send(plainAnswer)
+	s.wantsStatus(200)
+	s.wants("hi")
+	s.wantsEnd()
+	tunnel.send("still there")
+	end.wants("still there")
+	packets.datagram("this too")
+	u.wants("this too")
+	end.wantsEnd()
+	<-stopped
+	for _, addr := range []string{o.addr, u.addr} {
+		wantsFields(t, p.recordFor(t, "tunnel", addr), map[string]any{"close_reason": "drain"})
+	}
+}
+
+// The drain does not wait for a client that stays though nothing runs.
+func TestH3DrainIdle(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	p := startH3Proxy(t, "DRAIN_TIMEOUT=4s")
+	conn, err := p.dialQUIC(t) // nobody heeds GOAWAY on it
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the connection to be served", func() bool { return p.metric(t, "sluice_client_connections") == 1 })
+	took := time.Now()
+	p.stop()
+	if d := time.Since(took); d > 2*time.Second {
+		t.Errorf("the drain took %v", d)
+	}
+	if e := (*quic.ApplicationError)(nil); !errors.As(context.Cause(conn.Context()), &e) || e.ErrorCode != quic.ApplicationErrorCode(http3.ErrCodeNoError) {
+		t.Errorf("ended by %v", context.Cause(conn.Context()))
+	}
+}
+
+// A second process gets a UDP port when the first has let it go, and says that it waits.
+func TestH3SecondProcess(t *testing.T) {
+	addr := freeAddr(t)
+	p1 := startH3Proxy(t, "LISTEN="+addr)
+	p2 := startH3Proxy(t, "LISTEN="+addr)
+	if !strings.Contains(p2.log.all(), "UDP port is in use") {
+		t.Error("the second did not say that it waits")
+	}
+	p1.dialH3(t).conn.CloseWithError(0x100, "")
+	p1.stop()
+	eventually(t, "the second to serve", func() bool {
+		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+		defer cancel()
+		conn, err := quic.DialAddr(ctx, addr, &tls.Config{RootCAs: p2.ca.pool(), NextProtos: []string{"h3"}}, nil)
+		if err == nil {
+			conn.CloseWithError(0x100, "")
+		}
+		return err == nil
+	})
+	p3 := startH3Proxy(t, "LISTEN="+addr) // stops while it waits
+	p3.stop()
+}
+
+func TestH3Settings(t *testing.T) {
+	if status, _, stderr := sluice([]string{"env"}, prefixed("HTTP3=true")...); status != 2 || !strings.Contains(stderr, "SLUICE_HTTP3") {
+		t.Errorf("HTTP3 without a certificate: %d %s", status, stderr)
+	}
+	p := startH3Proxy(t, "HTTP3=false")
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := quic.DialAddr(ctx, p.addr, &tls.Config{RootCAs: p.ca.pool(), NextProtos: []string{"h3"}}, nil); err == nil {
+		t.Error("HTTP/3 is spoken where it is off")
+	}
+}
+
+// Clients as they are installed, on the TLS side of front.go.
+
+// loopbackIdentity makes a certificate for 127.0.0.1 that has signed itself, and the hash by which Chromium can be told to trust it.
+func loopbackIdentity(t *testing.T) (cert, key, hash string) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "sluice-test"}, IPAddresses: []net.IP{{127, 0, 0, 1}},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(crand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parsed, _ := x509.ParseCertificate(der)
+	return string(pemfile.EncodeToMemory(&pemfile.Block{Type: "CERTIFICATE", Bytes: der})),
+		string(pemfile.EncodeToMemory(&pemfile.Block{Type: "PRIVATE KEY", Bytes: secret})), keyHash(parsed)
+}
+
+// keyHash is what --ignore-certificate-errors-spki-list takes.
+func keyHash(cert *x509.Certificate) string {
+	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+	return base64.StdEncoding.EncodeToString(sum[:])
+}
+
+// Chromium speaks HTTP/2 to a proxy that is named by an https URL: pages of https origins come through CONNECT streams, those of http
+// origins as requests, all in as few connections as it likes. The page that is shown is whole: its script has fetched what it is to
+// fetch, and its colour is in the picture, which -screenshots DIR keeps.
+func TestChromiumOverHTTP2(t *testing.T) {
+	if _, err := exec.LookPath("chromium"); err != nil {
+		t.Skip("SKIPPED: there is no chromium, so that no browser is known to speak HTTP/2 to the proxy")
+	}
+	const parts, size = 20, 200_000
+	origin := func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/":
+			w.Header().Set("Content-Type", "text/html")
+			fmt.Fprintf(w, `<!doctype html><body style="margin: 0; background: #c00"><script>
+				Promise.all([...Array(%d).keys()].map(async i => {
+					const got = await (await fetch("/part/" + i, {method: "POST", body: "x".repeat(%d)})).text();
+					return got.length == %d && new Set(got).size == 1;
+				})).then(all => {
+					document.body.style.background = all.every(whole => whole) ? "#0c0" : "#00c";
+					document.title = "fetched " + all.filter(whole => whole).length;
+				});</script>`, parts, size, size)
+		case "/favicon.ico":
+			http.NotFound(w, r)
+		default:
+			body, _ := io.ReadAll(r.Body) // HTTP/1.1 in Go reads no more once it has written
+			w.Write(body)
+		}
+	}
+	plain := serveAt(t, "127.0.0.1:0", origin)
+	secure := httptest.NewUnstartedServer(http.HandlerFunc(origin))
+	secure.EnableHTTP2 = true
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0) // Chromium gives some connections up
+	secure.StartTLS()
+	t.Cleanup(secure.Close)
+	tunnelled := secure.Listener.Addr().String()
+	cert, key, hash := loopbackIdentity(t)
+	p := startProxy(t, "TLS_CERT="+cert, "TLS_KEY="+key, "ALLOW_HOSTS=127.0.0.1", "LOG_LEVEL=info") // what browsers ask for on their own is refused
+	for _, test := range []struct{ url, msg, method, server string }{
+		{"https://" + tunnelled + "/", "tunnel", "CONNECT", tunnelled},
+		{"http://" + plain + "/", "request", "POST", plain},
+	} {
+		scheme, _, _ := strings.Cut(test.url, ":")
+		picture := filepath.Join(t.TempDir(), "chromium-"+scheme+".png")
+		if *screenshots != "" {
+			picture = filepath.Join(*screenshots, filepath.Base(picture))
+		}
+		shown := statusPage(t, test.url, "--proxy-server=https://"+p.addr, "--proxy-bypass-list=<-loopback>", "--no-first-run",
+			"--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=200,200", "--screenshot="+picture,
+			"--ignore-certificate-errors-spki-list="+hash+","+keyHash(secure.Certificate()))
+		if want := fmt.Sprintf("<title>fetched %d</title>", parts); !strings.Contains(shown, want) {
+			t.Errorf("%s: not %s: %.2000s", test.url, want, shown)
+		}
+		if c := colourOf(t, picture); c != (color.RGBA{0, 0xcc, 0, 0xff}) {
+			t.Errorf("%s: the picture is %v", test.url, c)
+		}
+		var found, moved float64
+		eventually(t, "the records of "+test.url, func() bool {
+			found, moved = 0, 0
+			for _, r := range p.log.records(t) {
+				if r["msg"] == test.msg && fmt.Sprintf("%v:%v", r["server.address"], r["server.port"]) == test.server {
+					if r["network.protocol.version"] != "2" || r["http.response.status_code"] != 200.0 && r["url.path"] != "/favicon.ico" || r["error.type"] != nil {
+						t.Fatalf("%v", r)
+					}
+					if r["http.request.method"] == test.method {
+						found++
+						moved += r["http.response.body.size"].(float64)
+					}
+				}
+			}
+			return found > 0 && moved >= parts*size
+		})
+		if test.method == "POST" && found != parts {
+			t.Errorf("%v requests are in the log", found)
+		}
+	}
+}
+
+// colourOf is the colour in the middle of a picture.
+func colourOf(t *testing.T, picture string) color.Color {
+	t.Helper()
+	file, err := os.Open(picture)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	img, err := png.Decode(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := img.Bounds()
+	return color.RGBAModel.Convert(img.At(at.Dx()/2, at.Dy()/2))
+}
+
+// A client that grants no room for an answer's body is not waited for longer than BODY_TIMEOUT, however small the body is: what the
+// library holds back until the handler has returned is not forgotten.
+func TestBodyThatHasNoRoom(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	for _, size := range []int{1, 100, 4000, 5000, 100_000} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, _ *http.Request) {
+				io.WriteString(w, strings.Repeat("x", size))
+			})
+			p := startProxy(t, "BODY_TIMEOUT=300ms")
+			frames := getInFrames(p.dial(t), origin, 0)
+			for began, seen := time.Now(), ""; ; {
+				f, err := frames.ReadFrame()
+				if err != nil {
+					t.Fatalf("%v after %s", err, seen)
+				}
+				seen += f.Header().String()
+				if settings, ok := f.(*http2.SettingsFrame); ok && !settings.IsAck() {
+					frames.WriteSettingsAck()
+				} else if _, ok := f.(*http2.RSTStreamFrame); ok {
+					if waited := time.Since(began); waited < 200*time.Millisecond || !strings.Contains(seen, "HEADERS") {
+						t.Errorf("reset after %v: %s", waited, seen)
+					}
+					return
+				}
+			}
+		})
+	}
+}
+
+// getInFrames asks for the origin's / in a stream that has a window of so many bytes, as has the connection, if that is more than it
+// has anyway.
+func getInFrames(c *peer, origin string, window uint32) *http2.Framer {
+	c.t.Helper()
+	c.send(http2.ClientPreface)
+	frames := http2.NewFramer(c, c)
+	frames.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: window})
+	if window > 1<<16 {
+		frames.WriteWindowUpdate(0, window-1<<16)
+	}
+	var block bytes.Buffer
+	fields := hpack.NewEncoder(&block)
+	for _, f := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", origin}, {":path", "/"}} {
+		fields.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]})
+	}
+	frames.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true})
+	return frames
+}
+
+// A client that takes nothing of what its windows have room for loses the stream after BODY_TIMEOUT, and its connection as an idle one; one
+// that takes it slowly keeps both.
+func TestReadersOfFrames(t *testing.T) {
+	if !apart(t) {
+		return
+	}
+	origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, _ *http.Request) {
+		for part := strings.Repeat("x", 1<<20); ; {
+			if _, err := io.WriteString(w, part); err != nil {
+				return
+			}
+		}
+	})
+	t.Run("stalled", func(t *testing.T) {
+		p := startProxy(t, "BODY_TIMEOUT=300ms", "IDLE_TIMEOUT=1s")
+		c := p.dial(t)
+		c.SetReadBuffer(4 << 10)
+		getInFrames(c, origin, 1<<30)
+		if r := p.log.await(t, "request", 1); r["duration_ms"].(float64) < 250 || r["error.type"] == nil {
+			t.Errorf("%v", r)
+		}
+		p.log.await(t, "client closed", 1)
+	})
+	t.Run("slow", func(t *testing.T) {
+		p := startProxy(t, "BODY_TIMEOUT=300ms")
+		c := p.dial(t)
+		c.SetReadBuffer(16 << 10)
+		getInFrames(c, origin, 1<<30)
+		part := make([]byte, 32<<10)
+		for began := time.Now(); time.Since(began) < 2*time.Second; time.Sleep(50 * time.Millisecond) {
+			if _, err := io.ReadFull(c, part); err != nil {
+				t.Fatalf("%v after %v", err, time.Since(began))
+			}
+		}
+	})
 }
