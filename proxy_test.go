@@ -6167,8 +6167,8 @@ func TestFloodsInASmallContainer(t *testing.T) {
 		{"slow readers", 900, request("GET", "http://"+origin+"/big")},
 		{"streams", 300, frames(250, 0, ":method", "GET", ":authority", origin, ":scheme", "http", ":path", "/stuck")},
 		{"streams with large heads", 100, frames(50, 0, ":method", "GET", ":authority", origin, ":scheme", "http", ":path", "/stuck", "a", strings.Repeat("a", 60<<10))},
-		{"streams of uploads that are not read", 300, frames(16, 1, ":method", "POST", ":authority", origin, ":scheme", "http", ":path", "/stuck")},
-		{"streams of large responses that are not read", 300, frames(50, 0, ":method", "GET", ":authority", origin, ":scheme", "http", ":path", "/big")},
+		{"streams of uploads that are not read", 100, frames(16, 1, ":method", "POST", ":authority", origin, ":scheme", "http", ":path", "/stuck")},
+		{"streams of large responses that are not read", 100, frames(50, 0, ":method", "GET", ":authority", origin, ":scheme", "http", ":path", "/big")},
 	} {
 		conns := make([]net.Conn, flood.conns)
 		var senders sync.WaitGroup
