@@ -29,6 +29,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"text/tabwriter"
 	"time"
 	"unicode/utf8"
 
@@ -907,13 +908,81 @@ func servePage() http.HandlerFunc {
 	}
 }
 
-// finding is a kernel setting that falls short, and the line of a compose file that mends it.
+// finding is what was found of a kernel setting and what is wanted of it.
 type finding struct {
 	Setting string `json:"setting"`
+	Before  string `json:"before,omitempty"` // what TUNE=apply has overwritten
 	Found   string `json:"found"`
 	Wanted  string `json:"wanted"`
+	Verdict string `json:"verdict"`
+	Change  string `json:"change"` // who can change it
 	Why     string `json:"why"`
-	Mend    string `json:"mend"`
+	Mend    string `json:"mend,omitempty"` // of compose.yaml: `section: {key: value}` or `key: value`; or a comment
+}
+
+// What becomes of a setting.
+const (
+	verdictOK      = "ok"
+	verdictShort   = "short"   // of what the configuration needs
+	verdictAdvice  = "advice"  // another value helps in the case that Why tells of
+	verdictUnknown = "unknown" // it cannot be read
+)
+
+// printTune prints what there is of kernel settings and the lines for a compose file that mend them, and gives the exit status: 1 when
+// something falls short. It writes no setting.
+func printTune(environ []string, stdout, stderr io.Writer) int {
+	cfg, _, err := loadConfig(environ)
+	if err != nil {
+		return exitStatus(err, stderr)
+	}
+	cfg.Tune = "check"
+	findings, status := tuneKernel(cfg, slog.New(slog.DiscardHandler)), 0
+	t := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "SETTING\tFOUND\tWANTED\tVERDICT\tCHANGED BY\tWHY")
+	for _, f := range findings {
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", f.Setting, f.Found, f.Wanted, f.Verdict, f.Change, f.Why)
+		if f.Verdict == verdictShort {
+			status = 1
+		}
+	}
+	if err := t.Flush(); err != nil {
+		return exitStatus(err, stderr)
+	}
+	if findings == nil {
+		fmt.Fprintln(stdout, "They are examined on Linux alone.")
+	}
+	printMending(findings, stdout)
+	return status
+}
+
+// printMending prints a file that, after compose.yaml, mends findings.
+func printMending(findings []finding, out io.Writer) {
+	var sections []string
+	lines := map[string][]string{} // by section
+	for _, f := range findings {
+		section, line, nested := strings.Cut(f.Mend, ": {")
+		switch {
+		case f.Mend == "":
+			continue
+		case nested:
+			line = "      " + strings.TrimSuffix(line, "}")
+			section += ":"
+		}
+		if f.Verdict == verdictAdvice && !strings.HasPrefix(section, "#") {
+			line += " # advice"
+		}
+		if _, there := lines[section]; !there {
+			sections = append(sections, section)
+		}
+		lines[section] = append(lines[section], line)
+	}
+	if sections == nil {
+		return
+	}
+	fmt.Fprint(out, "\n# compose.override.yaml\nservices:\n  proxy:\n")
+	for _, section := range sections {
+		fmt.Fprintf(out, "    %s%s\n", section, strings.Join(append([]string{""}, lines[section]...), "\n"))
+	}
 }
 
 // setting is a variable as the status page tells of it.

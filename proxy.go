@@ -125,10 +125,12 @@ func command(args, environ []string, stdout, stderr io.Writer) int {
 		return min(exitStatus(askHealth(environ), stderr), 1) // the two that Docker knows
 	case "env":
 		return exitStatus(printEnv(environ, stdout), stderr)
+	case "tune":
+		return printTune(environ, stdout, stderr)
 	case "logs":
 		return exitStatus(printLogs(os.Stdin, stdout), stderr)
 	}
-	fmt.Fprintf(stderr, "sluice: no command %q; without one it serves, and there are: health, env, logs, version\n", args[0])
+	fmt.Fprintf(stderr, "sluice: no command %q; without one it serves, and there are: health, env, tune, logs, version\n", args[0])
 	return 2
 }
 
@@ -211,9 +213,9 @@ type config struct {
 	LogSample              shares        `env:"LOG_SAMPLE"`                                  // Share of connection, request and tunnel records kept per level, as in `debug=0.01,info=0.1`; levels not named are kept. Records about the process itself are never sampled.
 	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written, 512 bytes of each on average, but 1 MiB in all at least and a sixteenth of SLUICE_MEMORY_LIMIT at most; when full, new ones are dropped and counted, never waited for.
 	LogQuery               bool          `env:"LOG_QUERY" envDefault:"false"`                // Log query strings, in `url.query`. User info and credentials are never logged.
-	Tune                   string        `env:"TUNE" envDefault:"check"`                     // Kernel settings: `check` warns of those that fall short, `apply` also writes them where the container may, `off`.
+	Tune                   string        `env:"TUNE" envDefault:"check"`                     // Kernel settings: `check` warns of those that fall short, `apply` first writes those of the network namespace that are not as wanted, where it may; `off`.
 	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one, but at least 16 MiB less than that. GOMEMLIMIT, where it is set, wins.
-	NOFILE                 int           `env:"NOFILE" envDefault:"0"`                       // Descriptor limit to ask for; 0 = the hard limit, at most 1,048,576.
+	NOFILE                 int           `env:"NOFILE" envDefault:"0"`                       // Descriptor limit to ask for, beyond the hard limit where CAP_SYS_RESOURCE allows it; 0 = the hard limit, at most 1,048,576.
 }
 
 // variable describes one field of config: its name without the prefix, the texts of its default and its value, where that came
@@ -576,7 +578,8 @@ type server struct {
 	end       func()
 	started   time.Time
 	vars      []variable // the configuration in force
-	findings  []finding  // what falls short in the kernel
+	findings  []finding  // what was found of the kernel's settings
+	backlog   int        // of each listener, 0 where it is not known
 	limits    limits
 	accepts   atomic.Bool  // connections
 	draining  atomic.Bool  // since SIGTERM
@@ -644,7 +647,7 @@ func (s *server) listen(ctx context.Context) error {
 		s.run(&s.accepting, func() { s.accept(ctx, l) })
 	}
 	s.accepts.Store(true)
-	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners),
+	s.log.process.Info("listening", "version", version, "addresses", s.own[:len(s.cfg.Listen)], "listeners", len(s.listeners), "backlog", s.backlog,
 		"admin", s.cfg.Admin, "name", s.cfg.Name, "mode", s.cfg.Mode, "users", len(s.cfg.Users), "cpus", runtime.GOMAXPROCS(0), "nofile", openFiles(),
 		"max_conns", s.limits.conns.most, "memory_limit", debug.SetMemoryLimit(-1), "max_header", int64(s.cfg.MaxHeader), "pool_idle", s.cfg.PoolIdle, "drain_timeout", s.cfg.DrainTimeout.String())
 	return nil
@@ -2965,8 +2968,8 @@ const (
 //	(*server).accept(ctx, l)     has connections served until ctx ends, and those that wait then. Errors are said once and waited out
 //	sockets                      what they need; close frees what is kept
 //	(*server).dial(ctx, addrs)   connects to the first address that answers, until ctx ends; an error is a *net.OpError, with that of ctx
-//	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, sets the heap's limit, checks (TUNE=apply: writes) sysctls, warns of what falls short and
-//	                             gives that as []finding, nil where nothing was checked
+//	tuneKernel(cfg, log)         raises RLIMIT_NOFILE, sets the heap's limit, examines the kernel's settings (TUNE=apply: writes some), warns of
+//	                             those that fall short and gives all as []finding, nil where none was looked at
 //	openFiles() int              the descriptor limit in force, 0 where there is none
 //	(*server).watchMemory(ctx)   lets idle connections go and sets limits.full while memory is short, until ctx ends; elsewhere not
 //	connLimit() int              how many client connections descriptors and memory are enough for, 0 where that is not known

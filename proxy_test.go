@@ -1196,6 +1196,269 @@ func TestLogLevelsHaveNames(t *testing.T) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Kernel settings
+
+// tuned has the kernel's settings examined, and gives what was found by setting, and the log.
+func tuned(t *testing.T, vars ...string) (map[string]finding, *logSink) {
+	t.Helper()
+	cfg, _, err := loadConfig(prefixed(vars...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := &logSink{}
+	findings := tuneKernel(cfg, slog.New(slog.NewJSONHandler(log, nil)))
+	if findings == nil {
+		t.Skip("kernel settings are examined on Linux alone")
+	}
+	found := map[string]finding{}
+	for _, f := range findings {
+		found[f.Setting] = f
+	}
+	if len(found) != len(findings) || len(found) < 20 {
+		t.Fatalf("%d findings: %v", len(findings), findings)
+	}
+	return found, log
+}
+
+// The files below are those of a kernel with the settings that it comes with, in a container of 256 MiB.
+var kernelFiles = map[string]string{
+	"/proc/sys/fs/nr_open": "1048576", "/proc/sys/fs/file-max": "9223372036854775807", "/proc/sys/fs/pipe-user-pages-soft": "16384",
+	"/proc/sys/net/core/somaxconn": "4096", "/proc/sys/net/ipv4/tcp_syncookies": "1", "/proc/sys/net/ipv4/tcp_max_syn_backlog": "128",
+	"/proc/sys/net/ipv4/ip_local_port_range": "32768\t60999", "/proc/sys/net/ipv4/ip_local_reserved_ports": "", "/proc/sys/net/ipv4/tcp_tw_reuse": "1",
+	"/proc/sys/net/ipv4/tcp_fin_timeout": "60", "/proc/sys/net/ipv4/tcp_keepalive_time": "7200", "/proc/sys/net/ipv4/tcp_keepalive_intvl": "75",
+	"/proc/sys/net/ipv4/tcp_keepalive_probes": "9", "/proc/sys/net/ipv4/tcp_rmem": "4096\t131072\t6291456", "/proc/sys/net/ipv4/tcp_wmem": "4096\t16384\t4194304",
+	"/proc/sys/net/ipv4/tcp_migrate_req": "1", "/proc/sys/net/ipv4/tcp_congestion_control": "cubic",
+	"/proc/sys/net/netfilter/nf_conntrack_max": "262144", "/proc/sys/net/netfilter/nf_conntrack_count": "17",
+	"/sys/fs/cgroup/cgroup.procs": "1", "/sys/fs/cgroup/pids.max": "max", "/sys/fs/cgroup/memory.max": "268435456", "/sys/fs/cgroup/cpu.max": "max 100000",
+	"/proc/self/cgroup": "0::/", "GOMAXPROCS": "2",
+}
+
+// TestKernelSettings has a kernel's files say what a case tells, and all others that all is well. Its own /proc/sys and /sys/fs/cgroup are in a
+// mount namespace.
+func TestKernelSettings(t *testing.T) {
+	if !inNamespace(t, "-mn", `mount -t tmpfs none /sys/fs/cgroup && echo >/sys/fs/cgroup/own && mount --bind /sys/fs/cgroup/own /proc/$$/cgroup &&
+		ip link add eth0 type veth && ip link set eth0 up && ip -6 route add default dev eth0 && mount -t tmpfs none /proc/sys && ulimit -n 3000`) {
+		return
+	}
+	write := func(files map[string]string) {
+		for name, value := range files {
+			if name == "GOMAXPROCS" {
+				n, _ := strconv.Atoi(value)
+				runtime.GOMAXPROCS(n)
+				continue
+			}
+			os.MkdirAll(filepath.Dir(name), 0o755)
+			if value == "gone" {
+				os.Remove(name)
+			} else if err := os.WriteFile(name, []byte(value+"\n"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	write(kernelFiles)
+	all, _ := tuned(t)
+	for setting, f := range all {
+		if f.Verdict != verdictOK || f.Mend != "" || f.Found == "" || f.Wanted == "" || f.Why == "" || f.Change == "" {
+			t.Errorf("%s: %+v", setting, f)
+		}
+	}
+	type files map[string]string
+	v1 := files{"/proc/self/cgroup": "9:name=systemd:/\n7:pids:/a/b\n5:memory:/a/b\n3:cpu,cpuacct:/a/b\n0::/", "/sys/fs/cgroup/cgroup.procs": "gone",
+		"/sys/fs/cgroup/pids/a/b/cgroup.procs": "", "/sys/fs/cgroup/pids/a/b/pids.max": "max", "/sys/fs/cgroup/pids/a/cgroup.procs": "", "/sys/fs/cgroup/pids/a/pids.max": "20",
+		"/sys/fs/cgroup/memory/cgroup.procs": "", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712", "/sys/fs/cgroup/memory/a/b/cgroup.procs": "",
+		"/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "33554432", "/sys/fs/cgroup/cpu/cgroup.procs": "", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000", "GOMAXPROCS": "4"}
+	for _, c := range []struct {
+		setting, found, wanted, verdict, mend string
+		files                                 files
+		vars                                  []string
+	}{
+		{"RLIMIT_NOFILE", "3000", "at least 4000", "short", "ulimits: {nofile: 4000}", nil, []string{"NOFILE=4000"}},
+		{"RLIMIT_NOFILE", "400", "at least 11502", "short", "ulimits: {nofile: 11502}", nil, []string{"MAX_CONNS=5000", "NOFILE=400"}},
+		{"RLIMIT_NOFILE", "200", "at least 200", "ok", "", nil, []string{"NOFILE=200"}},
+		{"fs.nr_open", "1024", "at least 2359", "short", "# on the host: sysctl -w fs.nr_open=2359", files{"/proc/sys/fs/nr_open": "1024"}, nil},
+		{"fs.file-max", "1024", "at least 2359", "short", "# on the host: sysctl -w fs.file-max=2359", files{"/proc/sys/fs/file-max": "1024"}, nil},
+		{"fs.pipe-user-pages-soft", "100", "at least 16384", "advice", "# on the host: sysctl -w fs.pipe-user-pages-soft=16384", files{"/proc/sys/fs/pipe-user-pages-soft": "100"}, nil},
+		{"fs.pipe-user-pages-soft", "0", "at least 16384", "ok", "", files{"/proc/sys/fs/pipe-user-pages-soft": "0"}, nil},
+		{"net.core.somaxconn", "128", "at least 4096", "short", `sysctls: {net.core.somaxconn: "4096"}`, files{"/proc/sys/net/core/somaxconn": "128"}, nil},
+		{"net.core.somaxconn", "128", "at least 100", "ok", "", files{"/proc/sys/net/core/somaxconn": "128"}, []string{"MAX_CONNS=100"}},
+		{"net.core.somaxconn", "many", "at least 4096", "short", `sysctls: {net.core.somaxconn: "4096"}`, files{"/proc/sys/net/core/somaxconn": "many"}, nil},
+		{"net.core.somaxconn", "cannot be read: no such file or directory", "", "unknown", "", files{"/proc/sys/net/core/somaxconn": "gone"}, nil},
+		{"net.ipv4.tcp_syncookies", "0", "at least 1", "short", `sysctls: {net.ipv4.tcp_syncookies: "1"}`, files{"/proc/sys/net/ipv4/tcp_syncookies": "0", "/proc/sys/net/ipv4/tcp_max_syn_backlog": "4096"}, nil},
+		{"net.ipv4.tcp_max_syn_backlog", "128", "any, with SYN cookies", "ok", "", nil, nil},
+		{"net.ipv4.tcp_max_syn_backlog", "128", "at least 4096", "short", `sysctls: {net.ipv4.tcp_max_syn_backlog: "4096"}`, files{"/proc/sys/net/ipv4/tcp_syncookies": "gone"}, nil},
+		{"net.ipv4.ip_local_port_range", "40000 50000", "at least 28000 ports", "short", `sysctls: {net.ipv4.ip_local_port_range: "10240 65535"}`, files{"/proc/sys/net/ipv4/ip_local_port_range": "40000\t50000"}, nil},
+		{"net.ipv4.ip_local_port_range", "40000 50000", "at least 9000 ports", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "40000\t50000"}, []string{"MAX_CONNS_PER_HOST=9000"}},
+		{"net.ipv4.ip_local_port_range", "32768 60999", "at least 55296 ports", "short", `sysctls: {net.ipv4.ip_local_port_range: "10240 65535"}`, nil, []string{"MAX_CONNS=400000"}},
+		{"net.ipv4.ip_local_port_range", "10240 65535", "at least 55296 ports", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "10240 65535"}, []string{"MAX_CONNS=400000"}},
+		{"net.ipv4.ip_local_reserved_ports", "none", "3128,3129", "short", `sysctls: {net.ipv4.ip_local_reserved_ports: "3128,3129"}`, files{"/proc/sys/net/ipv4/ip_local_port_range": "1024 65535"}, nil},
+		{"net.ipv4.ip_local_reserved_ports", "8080-8081", "8080-8081,40000", "short", `sysctls: {net.ipv4.ip_local_reserved_ports: "8080-8081,40000"}`,
+			files{"/proc/sys/net/ipv4/ip_local_port_range": "1024 65535", "/proc/sys/net/ipv4/ip_local_reserved_ports": "8080-8081"}, []string{"LISTEN=:8080,:40000,[::]:40000,:0", "ADMIN=off"}},
+		{"net.ipv4.ip_local_reserved_ports", "3000-4000", "3000-4000", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "1024 65535", "/proc/sys/net/ipv4/ip_local_reserved_ports": "3000-4000"}, nil},
+		{"net.ipv4.tcp_tw_reuse", "2", "1", "advice", `sysctls: {net.ipv4.tcp_tw_reuse: "1"}`, files{"/proc/sys/net/ipv4/tcp_tw_reuse": "2"}, nil},
+		{"net.ipv4.tcp_fin_timeout", "600", "at most 60", "advice", `sysctls: {net.ipv4.tcp_fin_timeout: "60"}`, files{"/proc/sys/net/ipv4/tcp_fin_timeout": "600"}, nil},
+		{"net.ipv4.tcp_keepalive_time", "9999", "any", "ok", "", files{"/proc/sys/net/ipv4/tcp_keepalive_time": "9999"}, nil},
+		{"net.ipv4.tcp_rmem", "4096 131072 262144", "a maximum of 4194304", "advice", `sysctls: {net.ipv4.tcp_rmem: "4096 131072 4194304"}`, files{"/proc/sys/net/ipv4/tcp_rmem": "4096\t131072\t262144"}, nil},
+		{"net.ipv4.tcp_migrate_req", "0", "1", "advice", `sysctls: {net.ipv4.tcp_migrate_req: "1"}`, files{"/proc/sys/net/ipv4/tcp_migrate_req": "0"}, nil},
+		{"net.ipv4.tcp_congestion_control", "reno", "cubic or bbr", "advice", `sysctls: {net.ipv4.tcp_congestion_control: "cubic"}`, files{"/proc/sys/net/ipv4/tcp_congestion_control": "reno"}, nil},
+		{"net.netfilter.nf_conntrack_max", "1000", "a quarter free: 751 are taken", "short", "# on the host: sysctl -w net.netfilter.nf_conntrack_max=2000",
+			files{"/proc/sys/net/netfilter/nf_conntrack_max": "1000", "/proc/sys/net/netfilter/nf_conntrack_count": "751"}, nil},
+		{"net.netfilter.nf_conntrack_max", "4096", "at least 10000, a quarter free: 17 are taken", "short", "# on the host: sysctl -w net.netfilter.nf_conntrack_max=10000", files{"/proc/sys/net/netfilter/nf_conntrack_max": "4096"}, []string{"MAX_CONNS=5000"}},
+		{"net.netfilter.nf_conntrack_max", "cannot be read: no such file or directory", "", "unknown", "", files{"/proc/sys/net/netfilter/nf_conntrack_max": "gone"}, nil},
+		{"cgroup pids.max", "30", "at least 40", "short", "pids_limit: 40", files{"/sys/fs/cgroup/pids.max": "30"}, nil},
+		{"cgroup pids.max", "20", "at least 48", "short", "pids_limit: 48", v1, nil},
+		{"cgroup memory.max", "256 MiB", "at least 64 MiB", "ok", "", nil, nil},
+		{"cgroup memory.max", "32 MiB", "at least 64 MiB", "short", "mem_limit: 64m", v1, nil},
+		{"cgroup memory.max", "256 MiB", "at least 329 MiB", "short", "mem_limit: 329m", nil, []string{"MAX_CONNS=5000"}},
+		{"cgroup memory.max", "256 MiB", "at least 272 MiB", "short", "mem_limit: 272m", nil, []string{"MEMORY_LIMIT=256MiB"}},
+		{"cgroup memory.max", "no limit", "at least 64 MiB", "ok", "", files{"/sys/fs/cgroup/memory.max": "max"}, nil},
+		{"cgroup memory.max", "cannot be read: no cgroup is to be seen", "", "unknown", "", files{"/proc/self/cgroup": "0::/elsewhere", "/sys/fs/cgroup/cgroup.procs": "gone"}, nil},
+		{"cgroup cpu.max", "0.5 CPUs, GOMAXPROCS 2", "GOMAXPROCS at most 2", "ok", "", files{"/sys/fs/cgroup/cpu.max": "50000 100000"}, nil},
+		{"cgroup cpu.max", "0.5 CPUs, GOMAXPROCS 4", "GOMAXPROCS at most 2", "short", `environment: {GOMAXPROCS: "2"}`, files{"/sys/fs/cgroup/cpu.max": "50000 100000", "GOMAXPROCS": "4"}, nil},
+		{"cgroup cpu.max", "2.5 CPUs, GOMAXPROCS 4", "GOMAXPROCS at most 3", "short", `environment: {GOMAXPROCS: "3"}`, v1, nil},
+	} {
+		write(kernelFiles)
+		write(c.files)
+		found, log := tuned(t, c.vars...)
+		f := found[c.setting]
+		if f.Found != c.found || f.Wanted != c.wanted || f.Verdict != c.verdict || f.Mend != c.mend {
+			t.Errorf("%v %v: %+v", c.files, c.vars, f)
+		}
+		said := slices.ContainsFunc(log.records(t), func(r map[string]any) bool {
+			return r["level"] == "WARN" && r["setting"] == f.Setting && r["found"] == f.Found && r["wanted"] == f.Wanted && r["mend"] == f.Mend
+		})
+		if said != (c.verdict == verdictShort) {
+			t.Errorf("%s, %s: the log says %v", c.setting, c.verdict, log.records(t))
+		}
+	}
+	if out, err := exec.Command("ip", "-6", "route", "replace", "unreachable", "default").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	exec.Command("ip", "-6", "route", "del", "default", "dev", "eth0").Run()
+	all, _ = tuned(t)
+	if f := all["IPv6 route"]; f.Found != "none" || f.Verdict != verdictAdvice || !strings.Contains(f.Mend, "enable_ipv6") {
+		t.Errorf("%+v", f)
+	}
+}
+
+// TestTuneApply: TUNE=apply writes what the network namespace lets it, before the listeners open, and tells both values. What it may not write
+// stays short and says why.
+func TestTuneApply(t *testing.T) {
+	binary := buildBinary(t)
+	if !inNamespace(t, "-mn", "ip link set lo up && echo 128 >/proc/sys/net/core/somaxconn && echo 0 >/proc/sys/net/ipv4/tcp_migrate_req && echo 3000 3300 >/proc/sys/net/ipv4/ip_local_port_range && "+
+		"echo 4096 65536 65536 >/proc/sys/net/ipv4/tcp_rmem && mount --bind /proc/sys/net/ipv4/tcp_rmem /proc/sys/net/ipv4/tcp_rmem && mount -o remount,ro,bind /proc/sys/net/ipv4/tcp_rmem") {
+		return
+	}
+	p := startProcess(t, binary, "TUNE=apply", "LISTEN=127.0.0.1:31280") // a process: Go asks for somaxconn once
+	if p.start["backlog"] != 4096.0 {
+		t.Errorf("%v", p.start)
+	}
+	written := map[string][3]string{"net.core.somaxconn": {"128", "4096", "at least 4096"}, "net.ipv4.tcp_migrate_req": {"0", "1", "1"},
+		"net.ipv4.ip_local_port_range": {"3000 3300", "10240 65535", "at least 28000 ports"}, "net.ipv4.ip_local_reserved_ports": {"none", "31280", "31280"}}
+	early := &logSink{}
+	early.Write([]byte(p.early))
+	for _, r := range early.records(t) {
+		if want, ok := written[fmt.Sprint(r["setting"])]; r["msg"] == "kernel setting written" && ok {
+			if got := [3]string{r["before"].(string), r["found"].(string), r["wanted"].(string)}; got != want {
+				t.Errorf("%v, want %v", r, want)
+			}
+			delete(written, r["setting"].(string))
+		}
+	}
+	if len(written) > 0 {
+		t.Errorf("not told of: %v", written)
+	}
+	value, _ := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	if strings.Join(strings.Fields(string(value)), " ") != "10240 65535" {
+		t.Errorf("the range is %q", value)
+	}
+	var s struct{ Kernel []finding }
+	if _, body := (&testProxy{admin: p.start["admin"].(string)}).adminGet(t, "GET", "/status.json", "localhost"); json.Unmarshal([]byte(body), &s) != nil || len(s.Kernel) == 0 {
+		t.Fatal(body)
+	}
+	for _, f := range s.Kernel {
+		if f.Setting == "net.ipv4.tcp_rmem" && (f.Verdict != verdictAdvice || f.Before != "" || !strings.HasSuffix(f.Change, "cannot be written: read-only file system")) ||
+			f.Setting == "net.core.somaxconn" && (f.Verdict != verdictOK || f.Before != "128") {
+			t.Errorf("%+v", f)
+		}
+	}
+}
+
+// TestTuneUnprivileged: without a capability, as any user, with /proc read-only, all that can be read is told, and what is to be set is what
+// a compose file takes. The settings are the machine's.
+func TestTuneUnprivileged(t *testing.T) {
+	binary := buildBinary(t)
+	if !inNamespace(t, "--mount", "mount --bind /proc/sys /proc/sys && mount -o remount,ro,bind /proc/sys") {
+		return
+	}
+	run := func(shell string, vars ...string) (string, int) {
+		cmd := exec.Command("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "sh", "-c", shell+` && exec "$0" tune`, binary)
+		cmd.Env = prefixed(vars...)
+		out, err := cmd.CombinedOutput()
+		if cmd.ProcessState == nil {
+			t.Skip(err)
+		}
+		return string(out), cmd.ProcessState.ExitCode()
+	}
+	out, status := run("ulimit -n 512", "MAX_CONNS=100")
+	if (status == 0) == strings.Contains(out, " short ") || !regexp.MustCompile(`(?m)^RLIMIT_NOFILE +512 +at least 302 +ok `).MatchString(out) {
+		t.Errorf("status %d: %s", status, out)
+	}
+	out, status = run("ulimit -n 512", "TUNE=apply")
+	if status != 1 || strings.Contains(out, "by SLUICE_TUNE=apply") {
+		t.Errorf("status %d: %s", status, out)
+	}
+	table, mending, _ := strings.Cut(out, "\n# compose.override.yaml\n")
+	rows := strings.Split(strings.TrimSpace(table), "\n")
+	if len(rows) != 26 || !regexp.MustCompile(`^RLIMIT_NOFILE +512 +at least 2359 +short +limits of the container +a client`).MatchString(rows[1]) {
+		t.Errorf("%d rows: %s", len(rows), table)
+	}
+	if !strings.HasPrefix(mending, "services:\n  proxy:\n    ulimits:\n      nofile: 2359\n") {
+		t.Errorf("%s", mending)
+	}
+	if out, status = run("true", "MAX_CONNS=many"); status != 2 || !strings.Contains(out, "SLUICE_MAX_CONNS") {
+		t.Errorf("status %d: %s", status, out)
+	}
+}
+
+// TestNofile: NOFILE lowers the descriptor limit, and with CAP_SYS_RESOURCE it raises the hard limit, too.
+func TestNofile(t *testing.T) {
+	if !again(t, "sh", "-c", `ulimit -n 1000 && exec "$0" "$@"`, os.Args[0], "-test.run", "^"+t.Name()+"$", "-test.v") {
+		return
+	}
+	beyond := 1100
+	if hasCapability(24) { // CAP_SYS_RESOURCE
+		t.Log("the hard limit may be raised")
+	} else {
+		beyond = 1000
+	}
+	for _, c := range []struct {
+		vars string
+		want int
+	}{{"NOFILE=0", 1000}, {"NOFILE=900", 900}, {"NOFILE=1100", beyond}} {
+		cfg, _, err := loadConfig(prefixed(c.vars))
+		if err != nil {
+			t.Fatal(err)
+		}
+		findings := tuneKernel(cfg, slog.New(slog.DiscardHandler))
+		if findings == nil {
+			t.Skip("kernel settings are examined on Linux alone")
+		}
+		if n := openFiles(); n != c.want || findings[0].Setting != "RLIMIT_NOFILE" || findings[0].Found != strconv.Itoa(n) {
+			t.Errorf("%s: %d descriptors, want %d; %v", c.vars, n, c.want, findings[0])
+		}
+	}
+}
+
+// hasCapability reports whether this process has a capability in the initial user namespace.
+func hasCapability(bit int) bool {
+	users, _ := os.ReadFile("/proc/self/uid_map")
+	status, _ := os.ReadFile("/proc/self/status")
+	_, effective, _ := strings.Cut(string(status), "CapEff:\t")
+	caps, _ := strconv.ParseUint(strings.TrimSpace(effective[:min(16, len(effective))]), 16, 64)
+	return strings.Join(strings.Fields(string(users)), " ") == "0 0 4294967295" && caps>>bit&1 == 1
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Listeners
 
 // listening counts the sockets that listen on a port of 127.0.0.1.
@@ -7892,7 +8155,7 @@ func TestStatusPageShowsTextAlone(t *testing.T) {
 	status, _ := json.Marshal(map[string]any{"name": hostile, "version": hostile, "started": time.Now(), "now": time.Now(), "state": hostile, "mode": hostile,
 		"metrics":      []any{map[string]any{"name": "sluice_requests_total", "metric": []any{map[string]any{"label": []any{map[string]any{"name": "reason", "value": hostile}, map[string]any{"name": "method", "value": hostile}, map[string]any{"name": "code", "value": hostile}}, "counter": map[string]any{"value": 5}}}}},
 		"failures":     []failed{{time.Now(), hostile, hostile, hostile, hostile, 1, 403, hostile, hostile}},
-		"destinations": []visits{{hostile, 5}}, "kernel": []finding{{hostile, hostile, hostile, hostile, hostile}}, "config": []setting{{hostile, hostile, hostile, hostile, hostile}}})
+		"destinations": []visits{{hostile, 5}}, "kernel": []finding{{hostile, hostile, hostile, hostile, hostile, hostile, hostile, hostile}}, "config": []setting{{hostile, hostile, hostile, hostile, hostile}}})
 	url := "http://" + serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/status.json" {
 			w.Write(status)
@@ -8327,13 +8590,18 @@ type process struct {
 	start  map[string]any // its record of that it listens
 }
 
+// buildBinary builds the program once, for the tests that run apart from then on, too.
 func buildBinary(t *testing.T) string {
 	t.Helper()
 	binary := filepath.Join(binaries, "sluice")
+	if built := os.Getenv("TEST_BINARY"); built != "" {
+		return built
+	}
 	build.Do(func() {
 		if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
 			t.Fatalf("go build: %v\n%s", err, out)
 		}
+		os.Setenv("TEST_BINARY", binary)
 	})
 	return binary
 }

@@ -67,6 +67,12 @@ func (s *server) openListeners(ctx context.Context, addr string) error {
 			return err
 		}
 		raw, _ := file.SyscallConn() // fails on nil only
+		control(raw, func(fd int) error {
+			if info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+				s.backlog = int(info.Sacked) // of a listening socket (tcp_get_info in tcp.c)
+			}
+			return nil
+		})
 		s.listeners = append(s.listeners, &listener{file, raw, l.Addr()})
 	}
 	return nil
@@ -1585,80 +1591,378 @@ const maxFiles = 1 << 20
 // reservedFiles is how many descriptors connections leave for the admin listener, resolvers and files, at most.
 const reservedFiles = 32
 
-// sysctl is a setting that is checked: its file below /proc/sys, and whether its value will do.
-type sysctl struct {
-	name, wanted, why string
-	enough            func(value string) bool
+// usualConns is how many clients descriptors should be enough for where MAX_CONNS says nothing.
+const usualConns = 1000
+
+// system is what checks judge by.
+type system struct {
+	cfg         *config
+	files, cpus int // in force: the descriptor limit, GOMAXPROCS
 }
 
-func atLeast(n int) func(string) bool {
-	return func(value string) bool {
-		v, err := strconv.Atoi(value)
-		return err == nil && v >= n
+// place is where a setting is changed. What is the network namespace's own is changed when the container is made, or from within where that may write.
+type place string
+
+const (
+	byNamespace   place = "sysctls of the container"
+	byContainer   place = "limits of the container"
+	byEnvironment place = "environment"
+	byHost        place = "host"
+)
+
+// check is a setting: how it is read, what is wanted of it and why.
+type check struct {
+	setting string
+	where   place
+	mend    string                          // a line of compose.yaml, with %s for the value
+	read    func(k *system) (string, error) // nil: the sysctl of that name
+	judge   func(k *system, found string) demand
+	why     string // measured, or with its source
+}
+
+// demand is what is wanted of a setting: in words, the value to set, and what that makes of what was found.
+type demand struct{ wanted, value, verdict string }
+
+// demanded is met when ok is true; when not, verdict says what that means.
+func demanded(ok bool, verdict, wanted string, value any) demand {
+	if ok {
+		return demand{wanted, "", verdictOK}
+	}
+	return demand{wanted, fmt.Sprint(value), verdict}
+}
+
+// checks are the settings that decide how many connections can wait or be open, and how fast they are. Where a kernel's default will do it is
+// wanted, so that what falls short does so for a reason.
+func checks() []check {
+	const ownKeepAlive = "Sluice sets its own on each connection: 30 s, then every 15 s"
+	const buffers = "no more is on its way in one connection: 4 MiB are 335 Mbit/s at most over 100 ms"
+	const quic = "HTTP/3: quic-go asks for 7 MiB, since bursts that find less room are lost (its wiki, UDP Buffer Sizes)"
+	return []check{
+		{"RLIMIT_NOFILE", byContainer, "ulimits: {nofile: %s}", (*system).readFiles, (*system).judgeFiles,
+			"a client and its origin take a descriptor each, and an eighth of all is for pipes"},
+		{"fs.nr_open", byHost, "", nil, (*system).judgeFiles, "RLIMIT_NOFILE cannot be above it (getrlimit(2))"},
+		{"fs.file-max", byHost, "", nil, (*system).judgeFiles, "all processes of the machine have no more together (proc_sys_fs(5))"},
+		{"fs.pipe-user-pages-soft", byHost, "", nil, judgePipes, "pipes carry tunnels: beyond it those of a user id, in all containers together, hold a page or two each (pipe(7))"},
+		{"net.core.somaxconn", byNamespace, "", nil, (*system).judgeBacklog,
+			"it is the backlog of each listener. Connections that find it full try again after 1 s: of 1,000 at once 871 did with 128, none with 4096"},
+		{"net.ipv4.tcp_syncookies", byNamespace, "", nil, least(1), "without them a flood of SYNs keeps clients out (RFC 4987, 3.6)"},
+		{"net.ipv4.tcp_max_syn_backlog", byNamespace, "", nil, (*system).judgeHandshakes, "it bounds handshakes under way where SYN cookies are off, and only there (tcp_conn_request in tcp_input.c)"},
+		{"net.ipv4.ip_local_port_range", byNamespace, "", nil, (*system).judgePorts, "each connection to one address and port of an origin takes a port"},
+		{"net.ipv4.ip_local_reserved_ports", byNamespace, "", nil, (*system).judgeReserved,
+			"a connection to an origin is given any other port of ip_local_port_range, and while it lasts nothing can listen there: a start fails with EADDRINUSE"},
+		{"net.ipv4.tcp_tw_reuse", byNamespace, "", nil, advised("1"),
+			"a port stays taken for 60 s after a connection that Sluice has ended first. With 1 another may have it after 1 s, with 2 on loopback alone (ip-sysctl.rst): so 100 ports bear 400 connections in 4 s, else 100"},
+		{"net.ipv4.tcp_fin_timeout", byNamespace, "", nil, judgeOrphans, "what Sluice has closed and its peer has not is kept for so long (tcp(7)). Ports in TIME-WAIT stay taken for 60 s whatever it says"},
+		{"net.ipv4.tcp_keepalive_time", byNamespace, "", nil, anything, ownKeepAlive},
+		{"net.ipv4.tcp_keepalive_intvl", byNamespace, "", nil, anything, ownKeepAlive},
+		{"net.ipv4.tcp_keepalive_probes", byNamespace, "", nil, anything, "TCP_USER_TIMEOUT, which Sluice sets on each connection, overrides it (tcp(7))"},
+		{"net.ipv4.tcp_rmem", byNamespace, "", nil, judgeBuffers, buffers},
+		{"net.ipv4.tcp_wmem", byNamespace, "", nil, judgeBuffers, buffers},
+		{"net.core.rmem_max", byHost, "", readReceive, (*system).judgeDatagrams, quic},
+		{"net.core.wmem_max", byHost, "", readSend, (*system).judgeDatagrams, quic},
+		{"net.ipv4.tcp_migrate_req", byNamespace, "", nil, advised("1"),
+			"for restarts: connections that wait at a listener that closes go to the process that takes over (ip-sysctl.rst): 7,000 restarts lost 2 of 1.2 million requests"},
+		{"net.ipv4.tcp_congestion_control", byNamespace, "", nil, judgeCongestion, "for what is sent to origins: cubic is the standard (RFC 9438), bbr slows down less where packets get lost"},
+		{"net.netfilter.nf_conntrack_max", byHost, "", nil, (*system).judgeTracking, "where connections are tracked, each takes an entry on either side, and with none left packets are dropped (nf_conntrack-sysctl.rst)"},
+		{"cgroup pids.max", byContainer, "pids_limit: %s", readThreads, (*system).judgeThreads,
+			"on two CPUs 7 threads serve, and `sluice health` needs its own; where one cannot be made the process ends"},
+		{"cgroup memory.max", byContainer, "mem_limit: %s", readMemory, (*system).judgeMemory, "64 MiB bear floods of clients, a test shows; a busy connection takes up to 64 KiB"},
+		{"cgroup cpu.max", byEnvironment, "environment: {GOMAXPROCS: %q}", (*system).readCPU, (*system).judgeCPU,
+			"threads beyond the quota use it up early, and all wait for the next period (sched-bwc.rst). Go keeps to it, with two at least, unless GOMAXPROCS is set"},
+		{"IPv6 route", byHost, "# on the host: %s", readRoute, judgeRoute, "origins that have no IPv4 address are out of reach without one"},
 	}
 }
 
-// sysctls are the settings that decide how many connections can be waiting or open.
-func sysctls() []sysctl {
-	return []sysctl{
-		{"net.core.somaxconn", "4096", "it bounds the queue of connections not accepted yet", atLeast(4096)},
-		{"net.ipv4.tcp_max_syn_backlog", "4096", "it bounds the connections whose handshake is under way", atLeast(4096)},
-		{"net.ipv4.ip_local_port_range", "1024 65535", "each connection to one origin needs a local port", func(value string) bool {
-			var low, high int
-			n, _ := fmt.Sscan(value, &low, &high)
-			return n == 2 && high-low >= 28000
-		}},
-		{"net.ipv4.tcp_migrate_req", "1", "with it connections that wait for a process that ends go to the one that takes over", atLeast(1)},
-	}
-}
-
-// tuneKernel raises the descriptor limit and checks the sysctls. With TUNE=apply it writes those that fall short first.
-func tuneKernel(cfg *config, log *slog.Logger) (short []finding) {
-	raiseFiles(cfg.NOFILE)
-	limitMemory(int64(cfg.MemoryLimit))
-	if cfg.Tune == "off" {
-		return nil
-	}
-	short = []finding{}
-	warn := func(setting, found, wanted, why, mend string) {
-		log.Warn("kernel setting falls short", "setting", setting, "found", found, "wanted", wanted, "why", why, "mend", mend)
-		short = append(short, finding{setting, found, wanted, why, mend})
-	}
-	if n := openFiles(); n < 65536 && (cfg.NOFILE == 0 || n < cfg.NOFILE) {
-		warn("RLIMIT_NOFILE", strconv.Itoa(n), "65536", "a tunnel needs two descriptors", "ulimits: {nofile: 65536}")
-	}
-	for _, s := range sysctls() {
-		path := "/proc/sys/" + strings.ReplaceAll(s.name, ".", "/")
-		value, err := readSetting(path)
-		if err == nil && !s.enough(value) && cfg.Tune == "apply" {
-			os.WriteFile(path, []byte(s.wanted), 0o644) // what could not be written is found when it is read back
-			value, err = readSetting(path)
+// examine looks at each setting. With apply it first writes those of the network namespace that are not as wanted, as far as it may.
+func (k *system) examine(apply bool) (all []finding) {
+	for _, c := range checks() {
+		if c.read == nil {
+			c.read = func(*system) (string, error) { return readSysctl(c.setting) }
 		}
-		if err != nil {
-			value = "unreadable: " + err.Error()
+		f, value := k.look(&c)
+		if apply && c.where == byNamespace && value != "" {
+			before := f.Found
+			err := os.WriteFile(sysctlFile(c.setting), []byte(value), 0o644)
+			if f, _ = k.look(&c); err == nil {
+				f.Before = before
+			} else {
+				f.Change += ", since it cannot be written: " + cause(err)
+			}
 		}
-		if err != nil || !s.enough(value) {
-			warn(s.name, value, s.wanted, s.why, fmt.Sprintf("sysctls: {%s: %q}", s.name, s.wanted))
-		}
+		all = append(all, f)
 	}
-	return short
+	return all
 }
 
+// look reads a setting and judges it. What is to be set is empty where it is as wanted or could not be read.
+func (k *system) look(c *check) (f finding, value string) {
+	f = finding{Setting: c.setting, Change: string(c.where), Why: c.why}
+	found, err := c.read(k)
+	if err != nil {
+		f.Found, f.Verdict = "cannot be read: "+cause(err), verdictUnknown
+		return f, ""
+	}
+	d := c.judge(k, found)
+	f.Found, f.Wanted, f.Verdict = cmp.Or(found, "none"), d.wanted, d.verdict
+	if c.where == byNamespace && unix.Access(sysctlFile(c.setting), unix.W_OK) == nil {
+		f.Change = "here, by SLUICE_TUNE=apply"
+	}
+	switch {
+	case d.value == "":
+	case c.mend != "":
+		f.Mend = fmt.Sprintf(c.mend, d.value)
+	case c.where == byNamespace:
+		f.Mend = fmt.Sprintf("sysctls: {%s: %q}", c.setting, d.value)
+	default:
+		f.Mend = fmt.Sprintf("# on the host: sysctl -w %s=%s", c.setting, d.value)
+	}
+	return f, d.value
+}
+
+// cause is an error without what it happened to.
+func cause(err error) string {
+	if e, ok := errors.AsType[*os.PathError](err); ok {
+		err = e.Err
+	}
+	return err.Error()
+}
+
+func sysctlFile(name string) string { return "/proc/sys/" + strings.ReplaceAll(name, ".", "/") }
+
+func readSysctl(name string) (string, error) { return readSetting(sysctlFile(name)) }
+
+// readSetting reads a file of one line, with white space made one space each.
 func readSetting(path string) (string, error) {
 	b, err := os.ReadFile(path)
 	return strings.Join(strings.Fields(string(b)), " "), err
 }
 
-// raiseFiles sets the soft descriptor limit to want, or to the hard limit when want is 0 or more than that.
+// number is the n-th number of a setting, 0 where there is none.
+func number(setting string, n int) int64 {
+	fields := strings.Fields(setting)
+	if n >= len(fields) {
+		return 0
+	}
+	v, _ := strconv.ParseInt(fields[n], 10, 64) // beyond 1<<63 it is 1<<63 - 1
+	return v
+}
+
+func anything(*system, string) demand { return demanded(true, "", "any", "") }
+
+func least(n int64) func(*system, string) demand {
+	return func(_ *system, found string) demand {
+		return demanded(number(found, 0) >= n, verdictShort, fmt.Sprint("at least ", n), n)
+	}
+}
+
+// advised is a value that helps in the case that the check tells of.
+func advised(value string) func(*system, string) demand {
+	return func(_ *system, found string) demand { return demanded(found == value, verdictAdvice, value, value) }
+}
+
+func (k *system) readFiles() (string, error) { return strconv.Itoa(k.files), nil }
+
+// filesWanted is what connLimit makes MAX_CONNS of, and not less than NOFILE.
+func (k *system) filesWanted() int64 {
+	n := int64(k.cfg.MaxConns)
+	if n == 0 && k.cfg.NOFILE == 0 {
+		n = usualConns
+	}
+	return max(int64(k.cfg.NOFILE), (2*n+64)*8/7+1)
+}
+
+// judgeFiles judges the limits that have RLIMIT_NOFILE in them, too.
+func (k *system) judgeFiles(found string) demand { return least(k.filesWanted())(k, found) }
+
+// judgePipes wants the kernel's default: the pipes of sockets.large take half of it. 0 = no limit.
+func judgePipes(_ *system, found string) demand {
+	n := number(found, 0)
+	return demanded(n == 0 || n >= 16384, verdictAdvice, "at least 16384", 16384)
+}
+
+// judgeBacklog wants the kernel's default since 5.4, or what lets every client come at once.
+func (k *system) judgeBacklog(found string) demand {
+	return least(int64(min(cmp.Or(k.cfg.MaxConns, 4096), 4096)))(k, found)
+}
+
+func (k *system) judgeHandshakes(found string) demand {
+	if cookies, err := readSysctl("net.ipv4.tcp_syncookies"); err == nil && number(cookies, 0) > 0 {
+		return demanded(true, "", "any, with SYN cookies", "")
+	}
+	return least(4096)(k, found)
+}
+
+func (k *system) judgePorts(found string) demand {
+	need := min(int64(cmp.Or(k.cfg.MaxConnsPerHost, k.cfg.MaxConns, 28000)), 65536-10240) // of the kernel's default there are 28,232
+	return demanded(number(found, 1)-number(found, 0)+1 >= need, verdictShort, fmt.Sprintf("at least %d ports", need), "10240 65535")
+}
+
+// judgeReserved wants the ports that are listened on to be kept out of ip_local_port_range.
+func (k *system) judgeReserved(found string) demand {
+	var reserved portSet
+	reserved.UnmarshalText([]byte(found))
+	given, err := readSysctl("net.ipv4.ip_local_port_range")
+	ports := strings.FieldsFunc(found, func(r rune) bool { return r == ',' })
+	there := len(ports)
+	for _, addr := range append(slices.Clone(k.cfg.Listen), k.cfg.Admin) {
+		_, port, _ := net.SplitHostPort(addr)
+		p, _ := strconv.ParseUint(port, 10, 16)
+		if p > 0 && int64(p) >= number(given, 0) && int64(p) <= number(given, 1) && !reserved.has(uint16(p)) && !slices.Contains(ports, port) {
+			ports = append(ports, port)
+		}
+	}
+	wanted := "any, no port listened on is in the range"
+	if err != nil {
+		wanted = "any, since the range cannot be read"
+	} else if len(ports) > 0 {
+		wanted = strings.Join(ports, ",")
+	}
+	return demanded(len(ports) == there, verdictShort, wanted, wanted)
+}
+
+func judgeOrphans(_ *system, found string) demand {
+	return demanded(number(found, 0) <= 60, verdictAdvice, "at most 60", 60)
+}
+
+func judgeBuffers(_ *system, found string) demand {
+	return demanded(number(found, 2) >= 4<<20, verdictAdvice, "a maximum of 4194304", fmt.Sprint(number(found, 0), number(found, 1), 4<<20))
+}
+
+func readReceive(*system) (string, error) { return largestBuffer(unix.SO_RCVBUF) }
+func readSend(*system) (string, error)    { return largestBuffer(unix.SO_SNDBUF) }
+
+// largestBuffer has a socket of UDP tell, since a namespace may not show the file: of what is asked for it is given the most there may be,
+// doubled (socket(7)).
+func largestBuffer(option int) (string, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, math.MaxInt32/2)
+	n, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, option)
+	return strconv.Itoa(n / 2), err
+}
+
+func (k *system) judgeDatagrams(found string) demand {
+	if !k.cfg.HTTP3 {
+		return demanded(true, "", "any, without SLUICE_HTTP3", "")
+	}
+	return least(7<<20)(k, found)
+}
+
+func judgeCongestion(_ *system, found string) demand {
+	return demanded(found == "cubic" || found == "bbr", verdictAdvice, "cubic or bbr", "cubic")
+}
+
+// judgeTracking wants an entry on either side for each client, and a quarter of all free. 0 = no limit.
+func (k *system) judgeTracking(found string) demand {
+	most, need := number(found, 0), 2*int64(k.cfg.MaxConns)
+	count, err := readSysctl("net.netfilter.nf_conntrack_count")
+	wanted := "a quarter free"
+	if need > 0 {
+		wanted = fmt.Sprintf("at least %d, %s", need, wanted)
+	}
+	if err == nil {
+		wanted += ": " + count + " are taken"
+	}
+	return demanded(most == 0 || most >= need && number(count, 0) <= most/4*3, verdictShort, wanted, 2*max(most, need/2))
+}
+
+func readThreads(*system) (string, error) {
+	n, err := cgroupLimit("pids", "pids.max")
+	return limit(n, ""), err
+}
+
+func (k *system) judgeThreads(found string) demand {
+	need := int64(32 + 4*k.cpus)
+	n := number(found, 0)
+	return demanded(n == 0 || n >= need, verdictShort, fmt.Sprint("at least ", need), need)
+}
+
+func readMemory(*system) (string, error) {
+	n, err := cgroupMemory()
+	return limit(n>>20, " MiB"), err
+}
+
+// cgroupMemory is the limit of the container's memory in bytes, 0 where there is none.
+func cgroupMemory() (int64, error) {
+	return cgroupLimit("memory", "memory.max", "memory.limit_in_bytes")
+}
+
+func (k *system) judgeMemory(string) demand {
+	need := max(64<<20, int64(k.cfg.MaxConns)*connMemory+reservedMemory, int64(k.cfg.MemoryLimit)+reservedMemory)
+	need = (need + 1<<20 - 1) >> 20
+	n, _ := cgroupMemory()
+	return demanded(n == 0 || n>>20 >= need, verdictShort, fmt.Sprintf("at least %d MiB", need), fmt.Sprintf("%dm", need))
+}
+
+func (k *system) readCPU() (string, error) {
+	quota, err := cgroupQuota()
+	if quota == 0 {
+		return fmt.Sprintf("no quota, GOMAXPROCS %d", k.cpus), err
+	}
+	return fmt.Sprintf("%.3g CPUs, GOMAXPROCS %d", quota, k.cpus), err
+}
+
+func (k *system) judgeCPU(string) demand {
+	quota, _ := cgroupQuota()
+	if quota == 0 {
+		return demanded(true, "", "any, without a quota", "")
+	}
+	most := max(2, int(math.Ceil(quota)))
+	return demanded(k.cpus <= most, verdictShort, fmt.Sprint("GOMAXPROCS at most ", most), most)
+}
+
+// readRoute looks for a default route: destination ::/0, up, not one that rejects.
+func readRoute(*system) (string, error) {
+	text, err := os.ReadFile("/proc/net/ipv6_route")
+	for line := range strings.Lines(string(text)) {
+		f := strings.Fields(line)
+		if len(f) == 10 && f[0] == strings.Repeat("0", 32) && f[1] == "00" {
+			if flags, err := strconv.ParseUint(f[8], 16, 32); err == nil && flags&unix.RTF_UP != 0 && flags&unix.RTF_REJECT == 0 {
+				return "by " + f[9], nil
+			}
+		}
+	}
+	return "", err
+}
+
+func judgeRoute(_ *system, found string) demand {
+	return demanded(found != "", verdictAdvice, "a default route", "IPv6 for the container's network (enable_ipv6: true)")
+}
+
+// tuneKernel raises the descriptor limit, sets the heap's, and examines the kernel's settings.
+func tuneKernel(cfg *config, log *slog.Logger) []finding {
+	raiseFiles(cfg.NOFILE)
+	limitMemory(int64(cfg.MemoryLimit))
+	if cfg.Tune == "off" {
+		return nil
+	}
+	k := system{cfg, openFiles(), runtime.GOMAXPROCS(0)}
+	findings := k.examine(cfg.Tune == "apply")
+	for _, f := range findings {
+		if f.Before != "" {
+			log.Info("kernel setting written", "setting", f.Setting, "before", f.Before, "found", f.Found, "wanted", f.Wanted)
+		}
+		if f.Verdict == verdictShort {
+			log.Warn("kernel setting falls short", "setting", f.Setting, "found", f.Found, "wanted", f.Wanted, "why", f.Why, "change", f.Change, "mend", f.Mend)
+		}
+	}
+	return findings
+}
+
+// raiseFiles sets the descriptor limit to want, as far as the hard limit and CAP_SYS_RESOURCE go, or where want is 0 to the hard limit.
 func raiseFiles(want int) {
 	var limit unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
 		return
 	}
-	limit.Cur = min(limit.Max, maxFiles)
-	if want > 0 {
-		limit.Cur = min(limit.Max, uint64(want))
+	asked := uint64(cmp.Or(want, maxFiles))
+	if want > 0 && asked > limit.Max && unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: asked, Max: asked}) == nil {
+		return
 	}
+	limit.Cur = min(limit.Max, asked)
 	unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
 }
 
@@ -1668,46 +1972,90 @@ func openFiles() int {
 	return int(min(limit.Cur, maxFiles))
 }
 
-// limitMemory sets the heap's soft limit to want, or when want is 0 to 90% of the cgroup's limit, but at least 16 MiB less:
-// the rest is for the program's text and what the kernel needs. With a tenth for these, floods of large heads had 64 MiB exceeded.
+// reservedMemory is what of a container's memory is for the program's text and what the kernel needs. With a tenth for these, floods of
+// large heads had 64 MiB exceeded.
+const reservedMemory = 16 << 20
+
+// limitMemory sets the heap's soft limit to want, or when want is 0 to 90% of the cgroup's limit, less by reservedMemory at least.
 func limitMemory(want int64) {
 	if os.Getenv("GOMEMLIMIT") != "" {
 		return
 	}
 	if want == 0 {
-		want = cgroupMemory()
-		want = max(want/2, want-max(want/10, 16<<20))
+		want, _ = cgroupMemory()
+		want = max(want/2, want-max(want/10, reservedMemory))
 	}
 	if want > 0 {
 		debug.SetMemoryLimit(want)
 	}
 }
 
-// cgroupMemory is the least memory limit of this process's cgroup and those above it, 0 where there is none (cgroups(7); version 2:
-// memory.max, version 1: memory.limit_in_bytes). In a container the own one is usually seen as the root.
-func cgroupMemory() (least int64) {
-	text, _ := os.ReadFile("/proc/self/cgroup")
-	for line := range strings.Lines(string(text)) {
-		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		if len(parts) != 3 || parts[1] != "" && parts[1] != "memory" {
-			continue
-		}
-		root, file := "/sys/fs/cgroup", "memory.max"
-		if parts[1] == "memory" {
-			root, file = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
-		}
-		for dir := parts[2]; ; dir = path.Dir(dir) {
-			value, _ := readSetting(path.Join(root, dir, file))
-			n, err := strconv.ParseInt(value, 10, 64)
-			if err == nil && n > 0 && n < 1<<60 && (least == 0 || n < least) { // version 1 says "no limit" with a number near 1<<63
+// cgroupLimit is the least limit that a controller sets this process's cgroup and those above it, 0 where there is none. It is in one of files
+// (cgroups(7), versions 2 and 1).
+func cgroupLimit(controller string, files ...string) (least int64, err error) {
+	dirs, err := cgroups(controller)
+	for _, dir := range dirs {
+		for _, file := range files {
+			value, _ := readSetting(path.Join(dir, file))
+			if n := number(value, 0); n > 0 && n < 1<<60 && (least == 0 || n < least) { // version 1 says "no limit" with a number near 1<<63
 				least = n
 			}
-			if dir == "/" || dir == "." {
+		}
+	}
+	return least, err
+}
+
+// cgroupQuota is how many CPUs the cgroup may use, 0 for all.
+func cgroupQuota() (least float64, err error) {
+	dirs, err := cgroups("cpu")
+	for _, dir := range dirs {
+		value, err := readSetting(path.Join(dir, "cpu.max"))
+		if err != nil {
+			most, _ := readSetting(path.Join(dir, "cpu.cfs_quota_us"))
+			period, _ := readSetting(path.Join(dir, "cpu.cfs_period_us"))
+			value = most + " " + period
+		}
+		if n := float64(number(value, 0)) / float64(number(value, 1)); n > 0 && (least == 0 || n < least) {
+			least = n
+		}
+	}
+	return least, err
+}
+
+// cgroups are the folders of this process's cgroup and those above it, as far as they can be seen: in a container the own one is usually
+// seen as the root.
+func cgroups(controller string) (dirs []string, err error) {
+	text, err := os.ReadFile("/proc/self/cgroup")
+	for line := range strings.Lines(string(text)) {
+		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(parts) != 3 || parts[1] != "" && !slices.Contains(strings.Split(parts[1], ","), controller) {
+			continue
+		}
+		root := "/sys/fs/cgroup"
+		if parts[1] != "" { // version 1
+			root += "/" + controller
+		}
+		for dir := parts[2]; dir != "."; dir = path.Dir(dir) {
+			if _, err := os.Stat(path.Join(root, dir, "cgroup.procs")); err == nil {
+				dirs = append(dirs, path.Join(root, dir))
+			}
+			if dir == "/" {
 				break
 			}
 		}
 	}
-	return least
+	if err == nil && dirs == nil {
+		err = errors.New("no cgroup is to be seen")
+	}
+	return dirs, err
+}
+
+// limit is a cgroup's limit as the report has it.
+func limit(n int64, unit string) string {
+	if n == 0 {
+		return "no limit"
+	}
+	return strconv.FormatInt(n, 10) + unit
 }
 
 // watchMemory looks ten times a second what is in use of the memory limit, until ctx ends. From three quarters on idle connections are let
