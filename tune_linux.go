@@ -1945,8 +1945,11 @@ func tuneKernel(cfg *config, log *slog.Logger) []finding {
 		if f.Before != "" {
 			log.Info("kernel setting written", "setting", f.Setting, "before", f.Before, "found", f.Found, "wanted", f.Wanted)
 		}
+		about := []any{"setting", f.Setting, "found", f.Found, "wanted", f.Wanted, "verdict", f.Verdict, "why", f.Why, "change", f.Change, "mend", f.Mend}
 		if f.Verdict == verdictShort {
-			log.Warn("kernel setting falls short", "setting", f.Setting, "found", f.Found, "wanted", f.Wanted, "why", f.Why, "change", f.Change, "mend", f.Mend)
+			log.Warn("kernel setting falls short", about...)
+		} else {
+			log.Debug("kernel setting", about...)
 		}
 	}
 	return findings
