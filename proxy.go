@@ -275,8 +275,9 @@ func variables() (vars []variable) {
 // gather gives vars their values, from environ or from files. An empty one counts as unset: compose's `${X:-}`.
 func gather(environ []string, vars []variable) (values map[string]string, bad configErrors) {
 	given, values := env.ToMap(environ), map[string]string{}
-	links := regexp.MustCompile("^SLUICE_(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_.*)$") // injected for a service named sluice
-	maps.DeleteFunc(given, func(key, _ string) bool { return !strings.HasPrefix(key, envPrefix) || links.MatchString(key) })
+	// Orchestrators inject these for services named sluice, and sluice-metrics, say. SLUICE_ALLOW_PORT=443 is none of them, but a mistake.
+	links := regexp.MustCompile(`^SLUICE_(.+_)?(SERVICE_HOST=|SERVICE_PORT[_=]|PORT=(tcp|udp|sctp)://|PORT_\d+_(TCP|UDP|SCTP)[_=])|^SLUICE_PORT[_=]`)
+	maps.DeleteFunc(given, func(key, value string) bool { return !strings.HasPrefix(key, envPrefix) || links.MatchString(key+"="+value) })
 	for i := range vars {
 		v, key := &vars[i], envPrefix+vars[i].name
 		path := given[key+"_FILE"]
@@ -2198,8 +2199,10 @@ func (x *exchange) dialFailure(err error) *failure {
 		return fail(502, tokenDNS, "the resolver failed for %s", host).because(err)
 	case timeout:
 		return fail(504, tokenConnectTimeout, "%s did not accept a connection within %v (SLUICE_DIAL_TIMEOUT)", key, x.srv.cfg.DialTimeout).because(err)
-	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.EADDRNOTAVAIL):
-		return fail(503, tokenLimit, "no descriptor or port is left for a connection to %s (SLUICE_NOFILE)", key).because(err)
+	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
+		return fail(503, tokenLimit, "no descriptor is left for a connection to %s (SLUICE_NOFILE)", key).because(err)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return fail(503, tokenLimit, "no local port is left for a connection to %s (net.ipv4.ip_local_port_range and tcp_tw_reuse, see `sluice tune`)", key).because(err)
 	case isUnroutable(err):
 		return fail(502, tokenUnroutable, "there is no route to %s", key).because(err)
 	}

@@ -974,7 +974,9 @@ func TestUnknownVariables(t *testing.T) {
 		wantsFault(t, stderr, unknown, "SLUICE_"+nearest)
 	}
 	links := prefixed("SERVICE_HOST=10.0.0.1", "SERVICE_PORT=3128", "SERVICE_PORT_HTTP=3128", "SERVICE_PORT_HTTPS_ALT=1", "PORT=tcp://10.0.0.1:3128",
-		"PORT_3128_TCP=tcp://10.0.0.1:3128", "PORT_3128_TCP_ADDR=10.0.0.1", "PORT_3128_TCP_PORT=3128", "PORT_3128_TCP_PROTO=tcp")
+		"PORT_3128_TCP=tcp://10.0.0.1:3128", "PORT_3128_TCP_ADDR=10.0.0.1", "PORT_3128_TCP_PORT=3128", "PORT_3128_TCP_PROTO=tcp",
+		"METRICS_SERVICE_HOST=10.0.0.2", "METRICS_SERVICE_PORT=9090", "METRICS_SERVICE_PORT_HTTP=9090", "METRICS_PORT=tcp://10.0.0.2:9090",
+		"METRICS_PORT_9090_TCP=tcp://10.0.0.2:9090", "METRICS_PORT_9090_TCP_PROTO=tcp", "METRICS_PORT_9090_TCP_PORT=9090", "QUIC_V1_PORT_443_UDP_ADDR=10.0.0.2")
 	if status, _, stderr := sluice([]string{"env"}, links...); status != 0 {
 		t.Errorf("service links: status %d: %s", status, stderr)
 	}
@@ -3675,6 +3677,28 @@ func TestMeetingItself(t *testing.T) {
 			c.send("%s", request("GET", "http://"+target+"/"))
 			c.wantsRefusal("GET", 502, "connection_refused", target)
 		}
+	}
+}
+
+// TestNoPortIsLeft: with as many connections to an origin as there are ports the answer says so, and what bounds it.
+func TestNoPortIsLeft(t *testing.T) {
+	if !inNamespace(t, "--net", "ip link set lo up && echo 40000 40003 > /proc/sys/net/ipv4/ip_local_port_range") {
+		return
+	}
+	p, o := startProxy(t, "ADMIN=off"), startOrigin(t)
+	for port := 50000; port < 50004; port++ { // the proxy listens at one of the four
+		conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port}}).Dial("tcp", p.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := newPeer(t, conn)
+		c.send("%s", request("GET", "http://"+o.addr+"/"))
+		if port < 50003 {
+			defer c.Close()
+			o.accept()
+			continue
+		}
+		c.wantsRefusal("GET", 503, tokenLimit, "no local port is left", "ip_local_port_range")
 	}
 }
 
