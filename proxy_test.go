@@ -1294,6 +1294,11 @@ func TestKernelSettings(t *testing.T) {
 		{"net.ipv4.ip_local_reserved_ports", "8080-8081", "8080-8081,40000", "short", `sysctls: {net.ipv4.ip_local_reserved_ports: "8080-8081,40000"}`,
 			files{"/proc/sys/net/ipv4/ip_local_port_range": "1024 65535", "/proc/sys/net/ipv4/ip_local_reserved_ports": "8080-8081"}, []string{"LISTEN=:8080,:40000,[::]:40000,:0", "ADMIN=off"}},
 		{"net.ipv4.ip_local_reserved_ports", "3000-4000", "3000-4000", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "1024 65535", "/proc/sys/net/ipv4/ip_local_reserved_ports": "3000-4000"}, nil},
+		{"net.ipv4.ip_local_reserved_ports", "none", "40000", "short", `sysctls: {net.ipv4.ip_local_reserved_ports: "40000"}`, // in the range that is asked for
+			files{"/proc/sys/net/ipv4/ip_local_port_range": "3000 3100"}, []string{"LISTEN=:40000"}},
+		{"net.ipv4.ip_local_reserved_ports", "none", "3128,3129", "short", `sysctls: {net.ipv4.ip_local_reserved_ports: "3128,3129"}`, // in the one that is there
+			files{"/proc/sys/net/ipv4/ip_local_port_range": "3128 3129"}, nil},
+		{"net.ipv4.ip_local_reserved_ports", "none", "any, since the range cannot be read", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "gone"}, []string{"LISTEN=:40000"}},
 		{"net.ipv4.tcp_tw_reuse", "2", "1", "advice", `sysctls: {net.ipv4.tcp_tw_reuse: "1"}`, files{"/proc/sys/net/ipv4/tcp_tw_reuse": "2"}, nil},
 		{"net.ipv4.tcp_fin_timeout", "600", "at most 60", "advice", `sysctls: {net.ipv4.tcp_fin_timeout: "60"}`, files{"/proc/sys/net/ipv4/tcp_fin_timeout": "600"}, nil},
 		{"net.ipv4.tcp_keepalive_time", "9999", "any", "ok", "", files{"/proc/sys/net/ipv4/tcp_keepalive_time": "9999"}, nil},
@@ -1344,7 +1349,12 @@ func TestKernelSettings(t *testing.T) {
 // stays short and says why.
 func TestTuneApply(t *testing.T) {
 	binary := buildBinary(t)
-	if !inNamespace(t, "-mn", "ip link set lo up && echo 128 >/proc/sys/net/core/somaxconn && echo 0 >/proc/sys/net/ipv4/tcp_migrate_req && echo 3000 3300 >/proc/sys/net/ipv4/ip_local_port_range && "+
+	var list []string // longer than what os.ReadFile reads first
+	for port := 20001; port < 21000; port += 2 {
+		list = append(list, strconv.Itoa(port))
+	}
+	reserved := strings.Join(list, ",")
+	if !inNamespace(t, "-mn", "ip link set lo up && echo "+reserved+" >/proc/sys/net/ipv4/ip_local_reserved_ports && echo 128 >/proc/sys/net/core/somaxconn && echo 0 >/proc/sys/net/ipv4/tcp_migrate_req && echo 3000 3300 >/proc/sys/net/ipv4/ip_local_port_range && "+
 		"echo 4096 65536 65536 >/proc/sys/net/ipv4/tcp_rmem && mount --bind /proc/sys/net/ipv4/tcp_rmem /proc/sys/net/ipv4/tcp_rmem && mount -o remount,ro,bind /proc/sys/net/ipv4/tcp_rmem") {
 		return
 	}
@@ -1353,7 +1363,7 @@ func TestTuneApply(t *testing.T) {
 		t.Errorf("%v", p.start)
 	}
 	written := map[string][3]string{"net.core.somaxconn": {"128", "4096", "at least 4096"}, "net.ipv4.tcp_migrate_req": {"0", "1", "1"},
-		"net.ipv4.ip_local_port_range": {"3000 3300", "10240 65535", "at least 28000 ports"}, "net.ipv4.ip_local_reserved_ports": {"none", "31280", "31280"}}
+		"net.ipv4.ip_local_port_range": {"3000 3300", "10240 65535", "at least 28000 ports"}, "net.ipv4.ip_local_reserved_ports": {reserved, reserved + ",31280", reserved + ",31280"}}
 	early := &logSink{}
 	early.Write([]byte(p.early))
 	for _, r := range early.records(t) {

@@ -1648,7 +1648,7 @@ func checks() []check {
 		{"net.ipv4.tcp_syncookies", byNamespace, "", nil, least(1), "without them a flood of SYNs keeps clients out (RFC 4987, 3.6)"},
 		{"net.ipv4.tcp_max_syn_backlog", byNamespace, "", nil, (*system).judgeHandshakes, "it bounds handshakes under way where SYN cookies are off, and only there (tcp_conn_request in tcp_input.c)"},
 		{"net.ipv4.ip_local_port_range", byNamespace, "", nil, (*system).judgePorts, "each connection to one address and port of an origin takes a port"},
-		{"net.ipv4.ip_local_reserved_ports", byNamespace, "", nil, (*system).judgeReserved,
+		{"net.ipv4.ip_local_reserved_ports", byNamespace, "", readReserved, (*system).judgeReserved,
 			"a connection to an origin is given any other port of ip_local_port_range, and while it lasts nothing can listen there: a start fails with EADDRINUSE"},
 		{"net.ipv4.tcp_tw_reuse", byNamespace, "", nil, advised("1"),
 			"a port stays taken for 60 s after a connection that Sluice has ended first. With 1 another may have it after 1 s, with 2 on loopback alone (ip-sysctl.rst): so 100 ports bear 400 connections in 4 s, else 100"},
@@ -1797,17 +1797,36 @@ func (k *system) judgePorts(found string) demand {
 	return demanded(number(found, 1)-number(found, 0)+1 >= need, verdictShort, fmt.Sprintf("at least %d ports", need), "10240 65535")
 }
 
-// judgeReserved wants the ports that are listened on to be kept out of ip_local_port_range.
+// readReserved reads with a buffer for a list of every other port: the kernel tells what one read has room for and no more
+// (proc_do_large_bitmap in sysctl.c). What is written replaces the list, so a part of it would not do.
+func readReserved(*system) (string, error) {
+	file, err := os.Open(sysctlFile("net.ipv4.ip_local_reserved_ports"))
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	b := make([]byte, 256<<10)
+	n, err := file.Read(b)
+	if err == io.EOF {
+		err = nil
+	}
+	return strings.TrimSpace(string(b[:n])), err
+}
+
+// judgeReserved wants the ports that are listened on to be kept out of ip_local_port_range, of the one that judgePorts asks for, too: what
+// mends one setting is not to let another fall short.
 func (k *system) judgeReserved(found string) demand {
 	var reserved portSet
 	reserved.UnmarshalText([]byte(found))
 	given, err := readSysctl("net.ipv4.ip_local_port_range")
+	asked := cmp.Or(k.judgePorts(given).value, given)
 	ports := strings.FieldsFunc(found, func(r rune) bool { return r == ',' })
 	there := len(ports)
 	for _, addr := range append(slices.Clone(k.cfg.Listen), k.cfg.Admin) {
 		_, port, _ := net.SplitHostPort(addr)
 		p, _ := strconv.ParseUint(port, 10, 16)
-		if p > 0 && int64(p) >= number(given, 0) && int64(p) <= number(given, 1) && !reserved.has(uint16(p)) && !slices.Contains(ports, port) {
+		ranged := inRange(int64(p), given) || inRange(int64(p), asked)
+		if p > 0 && err == nil && ranged && !reserved.has(uint16(p)) && !slices.Contains(ports, port) {
 			ports = append(ports, port)
 		}
 	}
@@ -1819,6 +1838,8 @@ func (k *system) judgeReserved(found string) demand {
 	}
 	return demanded(len(ports) == there, verdictShort, wanted, wanted)
 }
+
+func inRange(n int64, ends string) bool { return number(ends, 0) <= n && n <= number(ends, 1) }
 
 func judgeOrphans(_ *system, found string) demand {
 	return demanded(number(found, 0) <= 60, verdictAdvice, "at most 60", 60)
