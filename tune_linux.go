@@ -1662,7 +1662,7 @@ func checks() []check {
 		{"net.core.wmem_max", byHost, "", readSend, (*system).judgeDatagrams, quic},
 		{"net.ipv4.tcp_migrate_req", byNamespace, "", nil, advised("1"),
 			"for restarts: connections that wait at a listener that closes go to the process that takes over (ip-sysctl.rst): 7,000 restarts lost 2 of 1.2 million requests"},
-		{"net.ipv4.tcp_congestion_control", byNamespace, "", nil, judgeCongestion, "for what is sent to origins: cubic is the standard (RFC 9438), bbr slows down less where packets get lost"},
+		{"net.ipv4.tcp_congestion_control", byNamespace, "", nil, judgeCongestion, "for what is sent to origins: cubic is the standard (RFC 9438), bbr slows down less where packets get lost. Here those of tcp_allowed_congestion_control can be set"},
 		{"net.netfilter.nf_conntrack_max", byHost, "", nil, (*system).judgeTracking, "where connections are tracked, each takes an entry on either side, and with none left packets are dropped (nf_conntrack-sysctl.rst)"},
 		{"cgroup pids.max", byContainer, "pids_limit: %s", readThreads, (*system).judgeThreads,
 			"on two CPUs 7 threads serve, and `sluice health` needs its own; where one cannot be made the process ends"},
@@ -1872,8 +1872,15 @@ func (k *system) judgeDatagrams(found string) demand {
 	return least(7<<20)(k, found)
 }
 
+// judgeCongestion asks for what a namespace may set: anything else is EPERM outside the initial one since 5.13 (tcp_cong.c), and keeps a
+// container from starting. Before 5.7 a namespace does not show what it may.
 func judgeCongestion(_ *system, found string) demand {
-	return demanded(found == "cubic" || found == "bbr", verdictAdvice, "cubic or bbr", "cubic")
+	good, value := []string{"cubic", "bbr"}, ""
+	allowed, _ := readSysctl("net.ipv4.tcp_allowed_congestion_control")
+	if i := slices.IndexFunc(good, func(name string) bool { return slices.Contains(strings.Fields(allowed), name) }); i >= 0 {
+		value = good[i]
+	}
+	return demanded(slices.Contains(good, found), verdictAdvice, "cubic or bbr", value)
 }
 
 // judgeTracking wants an entry on either side for each client, and a quarter of all free. 0 = no limit.
