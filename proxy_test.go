@@ -1350,6 +1350,26 @@ func TestKernelSettings(t *testing.T) {
 	}
 }
 
+// TestMending: what is printed is a file that Compose takes, whatever there is to mend.
+func TestMending(t *testing.T) {
+	short := func(mend string) finding { return finding{Verdict: verdictShort, Mend: mend} }
+	advice := func(mend string) finding { return finding{Verdict: verdictAdvice, Mend: mend} }
+	for _, c := range []struct {
+		findings []finding
+		want     string
+	}{
+		{[]finding{{Verdict: verdictOK}}, ""},
+		{[]finding{short("# on the host: x"), advice("# on the host: y")}, "\n# on the host: x\n# on the host: y\n"},
+		{[]finding{short("sysctls: {a: \"1\"}"), short("# on the host: x"), short("pids_limit: 40"), advice("sysctls: {b: \"1 2\"}"), short("sysctls: {c: \"3\"}"), advice("mem_limit: 64m")},
+			"\n# compose.override.yaml\nservices:\n  proxy:\n    sysctls:\n      a: \"1\"\n      b: \"1 2\" # advice\n      c: \"3\"\n    pids_limit: 40\n    mem_limit: 64m # advice\n\n# on the host: x\n"},
+	} {
+		var out strings.Builder
+		if printMending(c.findings, &out); out.String() != c.want {
+			t.Errorf("%v: %q, want %q", c.findings, out.String(), c.want)
+		}
+	}
+}
+
 // TestTuneApply: TUNE=apply writes what the network namespace lets it, before the listeners open, and tells both values. What it may not write
 // stays short and says why.
 func TestTuneApply(t *testing.T) {
