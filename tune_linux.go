@@ -1584,7 +1584,7 @@ func (s *sockets) close() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernel settings
 
-// maxFiles is the most descriptors asked for: some container engines set a limit of a billion, and what is sized by it
+// maxFiles is the most descriptors taken unasked: some container engines set a limit of a billion, and what is sized by it
 // follows.
 const maxFiles = 1 << 20
 
@@ -1640,8 +1640,8 @@ func checks() []check {
 	return []check{
 		{"RLIMIT_NOFILE", byContainer, "ulimits: {nofile: %s}", (*system).readFiles, (*system).judgeFiles,
 			"a client and its origin take a descriptor each, and an eighth of all is for pipes"},
-		{"fs.nr_open", byHost, "", nil, (*system).judgeFiles, "RLIMIT_NOFILE cannot be above it (getrlimit(2))"},
-		{"fs.file-max", byHost, "", nil, (*system).judgeFiles, "all processes of the machine have no more together (proc_sys_fs(5))"},
+		{"fs.nr_open", byHost, "", nil, (*system).judgeAllFiles, "RLIMIT_NOFILE cannot be above it (getrlimit(2))"},
+		{"fs.file-max", byHost, "", nil, (*system).judgeAllFiles, "all processes of the machine have no more together (proc_sys_fs(5))"},
 		{"fs.pipe-user-pages-soft", byHost, "", nil, judgePipes, "pipes carry tunnels: beyond it those of a user id, in all containers together, hold a page or two each (pipe(7))"},
 		{"net.core.somaxconn", byNamespace, "", nil, (*system).judgeBacklog,
 			"it is the backlog of each listener. Connections that find it full try again after 1 s: of 1,000 at once 871 did with 128, none with 4096"},
@@ -1664,9 +1664,9 @@ func checks() []check {
 			"for restarts: connections that wait at a listener that closes go to the process that takes over (ip-sysctl.rst): 7,000 restarts lost 2 of 1.2 million requests"},
 		{"net.ipv4.tcp_congestion_control", byNamespace, "", nil, judgeCongestion, "for what is sent to origins: cubic is the standard (RFC 9438), bbr slows down less where packets get lost. Here those of tcp_allowed_congestion_control can be set"},
 		{"net.netfilter.nf_conntrack_max", byHost, "", nil, (*system).judgeTracking, "where connections are tracked, each takes an entry on either side, and with none left packets are dropped (nf_conntrack-sysctl.rst)"},
-		{"cgroup pids.max", byContainer, "pids_limit: %s", readThreads, (*system).judgeThreads,
+		{"cgroup pids.max", byContainer, "pids_limit: %s # or deploy.resources.limits.pids, where that is set", readThreads, (*system).judgeThreads,
 			"on two CPUs 7 threads serve, and `sluice health` needs its own; where one cannot be made the process ends"},
-		{"cgroup memory.max", byContainer, "mem_limit: %s", readMemory, (*system).judgeMemory, "64 MiB bear floods of clients, a test shows; a busy connection takes up to 64 KiB"},
+		{"cgroup memory.max", byContainer, "mem_limit: %s # or deploy.resources.limits.memory, where that is set", readMemory, (*system).judgeMemory, "64 MiB bear floods of clients, a test shows; a busy connection takes up to 64 KiB"},
 		{"cgroup cpu.max", byEnvironment, "environment: {GOMAXPROCS: %q}", (*system).readCPU, (*system).judgeCPU,
 			"threads beyond the quota use it up early, and all wait for the next period (sched-bwc.rst). Go keeps to it, with two at least, unless GOMAXPROCS is set"},
 		{"IPv6 route", byHost, "# on the host: %s", readRoute, judgeRoute, "origins that have no IPv4 address are out of reach without one"},
@@ -1763,16 +1763,24 @@ func advised(value string) func(*system, string) demand {
 func (k *system) readFiles() (string, error) { return strconv.Itoa(k.files), nil }
 
 // filesWanted is what connLimit makes MAX_CONNS of, and not less than NOFILE.
-func (k *system) filesWanted() int64 {
-	n := int64(k.cfg.MaxConns)
-	if n == 0 && k.cfg.NOFILE == 0 {
+func filesWanted(cfg *config) int64 {
+	n := int64(cfg.MaxConns)
+	if n == 0 && cfg.NOFILE == 0 {
 		n = usualConns
 	}
-	return max(int64(k.cfg.NOFILE), (2*n+64)*8/7+1)
+	return max(int64(cfg.NOFILE), (2*n+64)*8/7+1)
 }
 
-// judgeFiles judges the limits that have RLIMIT_NOFILE in them, too.
-func (k *system) judgeFiles(found string) demand { return least(k.filesWanted())(k, found) }
+func (k *system) judgeAllFiles(found string) demand { return least(filesWanted(k.cfg))(k, found) }
+
+// judgeFiles asks for nothing above fs.nr_open: with a higher limit a container does not start.
+func (k *system) judgeFiles(found string) demand {
+	d := k.judgeAllFiles(found)
+	if most, err := readSysctl("fs.nr_open"); err == nil && number(most, 0) < filesWanted(k.cfg) {
+		d.value = ""
+	}
+	return d
+}
 
 // judgePipes wants the kernel's default: the pipes of sockets.large take half of it. 0 = no limit.
 func judgePipes(_ *system, found string) demand {
@@ -1962,7 +1970,7 @@ func judgeRoute(_ *system, found string) demand {
 
 // tuneKernel raises the descriptor limit, sets the heap's, and examines the kernel's settings.
 func tuneKernel(cfg *config, log *slog.Logger) []finding {
-	raiseFiles(cfg.NOFILE)
+	raiseFiles(cfg)
 	limitMemory(int64(cfg.MemoryLimit))
 	if cfg.Tune == "off" {
 		return nil
@@ -1983,14 +1991,14 @@ func tuneKernel(cfg *config, log *slog.Logger) []finding {
 	return findings
 }
 
-// raiseFiles sets the descriptor limit to want, as far as the hard limit and CAP_SYS_RESOURCE go, or where want is 0 to the hard limit.
-func raiseFiles(want int) {
+// raiseFiles sets the descriptor limit to NOFILE, as far as the hard limit and CAP_SYS_RESOURCE go, or where that is 0 to the hard limit.
+func raiseFiles(cfg *config) {
 	var limit unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
 		return
 	}
-	asked := uint64(cmp.Or(want, maxFiles))
-	if want > 0 && asked > limit.Max && unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: asked, Max: asked}) == nil {
+	asked := uint64(cmp.Or(int64(cfg.NOFILE), max(maxFiles, filesWanted(cfg))))
+	if cfg.NOFILE > 0 && asked > limit.Max && unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: asked, Max: asked}) == nil {
 		return
 	}
 	limit.Cur = min(limit.Max, asked)
@@ -2000,7 +2008,7 @@ func raiseFiles(want int) {
 func openFiles() int {
 	var limit unix.Rlimit
 	unix.Getrlimit(unix.RLIMIT_NOFILE, &limit)
-	return int(min(limit.Cur, maxFiles))
+	return int(min(limit.Cur, math.MaxInt32)) // no more than maxFiles, unless SLUICE_NOFILE or SLUICE_MAX_CONNS asks for them
 }
 
 // reservedMemory is what of a container's memory is for the program's text and what the kernel needs. With a tenth for these, floods of
