@@ -1230,7 +1230,7 @@ var kernelFiles = map[string]string{
 	"/proc/sys/net/ipv4/tcp_migrate_req": "1", "/proc/sys/net/ipv4/tcp_congestion_control": "cubic", "/proc/sys/net/ipv4/tcp_allowed_congestion_control": "reno cubic bbr",
 	"/proc/sys/net/netfilter/nf_conntrack_max": "262144", "/proc/sys/net/netfilter/nf_conntrack_count": "17",
 	"/sys/fs/cgroup/cgroup.procs": "1", "/sys/fs/cgroup/pids.max": "max", "/sys/fs/cgroup/memory.max": "268435456", "/sys/fs/cgroup/cpu.max": "max 100000",
-	"/proc/self/cgroup": "0::/", "GOMAXPROCS": "2",
+	"/proc/self/cgroup": "0::/", "GOMAXPROCS": "2", "/proc/sys/net/core/netdev_max_backlog": "gone",
 }
 
 // TestKernelSettings has a kernel's files say what a case tells, and all others that all is well. Its own /proc/sys and /sys/fs/cgroup are in a
@@ -1267,6 +1267,7 @@ func TestKernelSettings(t *testing.T) {
 		"/sys/fs/cgroup/pids/a/b/cgroup.procs": "", "/sys/fs/cgroup/pids/a/b/pids.max": "max", "/sys/fs/cgroup/pids/a/cgroup.procs": "", "/sys/fs/cgroup/pids/a/pids.max": "20",
 		"/sys/fs/cgroup/memory/cgroup.procs": "", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712", "/sys/fs/cgroup/memory/a/b/cgroup.procs": "",
 		"/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "33554432", "/sys/fs/cgroup/cpu/cgroup.procs": "", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000", "GOMAXPROCS": "4"}
+	hostNetwork := files{"/proc/sys/net/core/netdev_max_backlog": "1000", "/proc/sys/net/core/somaxconn": "128", "/proc/sys/net/ipv4/ip_local_port_range": "9 10"}
 	for _, c := range []struct {
 		setting, found, wanted, verdict, mend string
 		files                                 files
@@ -1282,6 +1283,8 @@ func TestKernelSettings(t *testing.T) {
 		{"fs.pipe-user-pages-soft", "100", "at least 16384", "advice", "# on the host: sysctl -w fs.pipe-user-pages-soft=16384", files{"/proc/sys/fs/pipe-user-pages-soft": "100"}, nil},
 		{"fs.pipe-user-pages-soft", "0", "at least 16384", "ok", "", files{"/proc/sys/fs/pipe-user-pages-soft": "0"}, nil},
 		{"net.core.somaxconn", "128", "at least 4096", "short", `sysctls: {net.core.somaxconn: "4096"}`, files{"/proc/sys/net/core/somaxconn": "128"}, nil},
+		{"net.core.somaxconn", "128", "at least 4096", "short", "# on the host: sysctl -w net.core.somaxconn=4096", hostNetwork, nil},
+		{"net.ipv4.ip_local_port_range", "9 10", "at least 28000 ports", "short", `# on the host: sysctl -w net.ipv4.ip_local_port_range="10240 65535"`, hostNetwork, nil},
 		{"net.core.somaxconn", "128", "at least 100", "ok", "", files{"/proc/sys/net/core/somaxconn": "128"}, []string{"MAX_CONNS=100"}},
 		{"net.core.somaxconn", "many", "at least 4096", "short", `sysctls: {net.core.somaxconn: "4096"}`, files{"/proc/sys/net/core/somaxconn": "many"}, nil},
 		{"net.core.somaxconn", "cannot be read: no such file or directory", "", "unknown", "", files{"/proc/sys/net/core/somaxconn": "gone"}, nil},
@@ -1340,6 +1343,13 @@ func TestKernelSettings(t *testing.T) {
 		})
 		if said != (c.verdict == verdictShort) {
 			t.Errorf("%s, %s: the log says %v", c.setting, c.verdict, log.records(t))
+		}
+	}
+	for change, files := range map[string]files{"here, by SLUICE_TUNE=apply": nil, "here, by SLUICE_TUNE=apply, for the whole host": hostNetwork} {
+		write(kernelFiles)
+		write(files)
+		if all, _ = tuned(t); all["net.ipv4.tcp_tw_reuse"].Change != change || all["net.netfilter.nf_conntrack_max"].Change != "host" {
+			t.Errorf("%+v", all)
 		}
 	}
 	if out, err := exec.Command("ip", "-6", "route", "replace", "unreachable", "default").CombinedOutput(); err != nil {
@@ -1413,10 +1423,29 @@ func TestTuneApply(t *testing.T) {
 		t.Fatal(body)
 	}
 	for _, f := range s.Kernel {
-		if f.Setting == "net.ipv4.tcp_rmem" && (f.Verdict != verdictAdvice || f.Before != "" || !strings.HasSuffix(f.Change, "cannot be written: read-only file system")) ||
+		if f.Setting == "net.ipv4.tcp_rmem" && (f.Verdict != verdictAdvice || f.Before != "" || f.Change != "sysctls of the container, since it cannot be written: read-only file system") ||
 			f.Setting == "net.core.somaxconn" && (f.Verdict != verdictOK || f.Before != "128") {
 			t.Errorf("%+v", f)
 		}
+	}
+	for file, value := range map[string]string{"ip_local_port_range": "30000 30300", "ip_unprivileged_port_start": "20000"} { // the range may not begin below
+		if err := os.WriteFile("/proc/sys/net/ipv4/"+file, []byte(value), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	found, log := tuned(t, "TUNE=apply")
+	if f := found["net.ipv4.ip_local_port_range"]; f.Found != "30000 30300" || f.Verdict != verdictShort || f.Before != "" ||
+		f.Change != "sysctls of the container, since it cannot be written: invalid argument" || f.Mend == "" {
+		t.Errorf("%+v", f)
+	}
+	refused := map[string]string{}
+	for _, r := range log.records(t) {
+		if r["msg"] == "kernel setting cannot be written" {
+			refused[r["setting"].(string)] = r[logMessage].(string)
+		}
+	}
+	if want := map[string]string{"net.ipv4.ip_local_port_range": "invalid argument", "net.ipv4.tcp_rmem": "read-only file system"}; !maps.Equal(refused, want) {
+		t.Errorf("%v, want %v", refused, want)
 	}
 }
 

@@ -1597,7 +1597,9 @@ const usualConns = 1000
 // system is what checks judge by.
 type system struct {
 	cfg         *config
-	files, cpus int // in force: the descriptor limit, GOMAXPROCS
+	log         *slog.Logger // is told what was written
+	files, cpus int          // in force: the descriptor limit, GOMAXPROCS
+	shared      bool         // the network is the host's
 }
 
 // place is where a setting is changed. What is the network namespace's own is changed when the container is made, or from within where that may write.
@@ -1681,22 +1683,46 @@ func (k *system) examine(apply bool) (all []finding) {
 		}
 		f, value := k.look(&c)
 		if apply && c.where == byNamespace && value != "" {
-			before := f.Found
-			err := os.WriteFile(sysctlFile(c.setting), []byte(value), 0o644)
-			if f, _ = k.look(&c); err == nil {
-				f.Before = before
-			} else {
-				f.Change += ", since it cannot be written: " + cause(err)
-			}
+			f = k.write(&c, f.Found, value)
 		}
 		all = append(all, f)
 	}
 	return all
 }
 
+// write sets what was found to be before, and looks again. Change tells who is left to change it when it may not.
+func (k *system) write(c *check, before, value string) finding {
+	err := os.WriteFile(sysctlFile(c.setting), []byte(value), 0o644)
+	f, _ := k.look(c)
+	about := []any{"setting", f.Setting, "before", before, "found", f.Found, "wanted", f.Wanted}
+	if err != nil {
+		f.Change = string(k.place(c)) + ", since it cannot be written: " + cause(err)
+		k.log.Info("kernel setting cannot be written", append(about, logMessage, cause(err))...)
+		return f
+	}
+	f.Before = before
+	k.log.Info("kernel setting written", about...)
+	return f
+}
+
+// hasHostNetwork reports whether this is the initial network namespace, which alone shows some settings (sysctl_net_core.c). There an engine
+// takes no sysctls of the network: a container that asks for them does not start.
+func hasHostNetwork() bool {
+	_, err := os.Stat(sysctlFile("net.core.netdev_max_backlog"))
+	return err == nil
+}
+
+// place is where a setting is changed.
+func (k *system) place(c *check) place {
+	if c.where == byNamespace && k.shared {
+		return byHost
+	}
+	return c.where
+}
+
 // look reads a setting and judges it. What is to be set is empty where it is as wanted or could not be read.
 func (k *system) look(c *check) (f finding, value string) {
-	f = finding{Setting: c.setting, Change: string(c.where), Why: c.why}
+	f = finding{Setting: c.setting, Change: string(k.place(c)), Why: c.why}
 	found, err := c.read(k)
 	if err != nil {
 		f.Found, f.Verdict = "cannot be read: "+cause(err), verdictUnknown
@@ -1704,15 +1730,20 @@ func (k *system) look(c *check) (f finding, value string) {
 	}
 	d := c.judge(k, found)
 	f.Found, f.Wanted, f.Verdict = cmp.Or(found, "none"), d.wanted, d.verdict
-	if c.where == byNamespace && unix.Access(sysctlFile(c.setting), unix.W_OK) == nil {
+	if c.where == byNamespace && unix.Faccessat(unix.AT_FDCWD, sysctlFile(c.setting), unix.W_OK, unix.AT_EACCESS) == nil {
 		f.Change = "here, by SLUICE_TUNE=apply"
+		if k.place(c) == byHost {
+			f.Change += ", for the whole host"
+		}
 	}
 	switch {
 	case d.value == "":
 	case c.mend != "":
 		f.Mend = fmt.Sprintf(c.mend, d.value)
-	case c.where == byNamespace:
+	case k.place(c) == byNamespace:
 		f.Mend = fmt.Sprintf("sysctls: {%s: %q}", c.setting, d.value)
+	case strings.Contains(d.value, " "):
+		f.Mend = fmt.Sprintf("# on the host: sysctl -w %s=%q", c.setting, d.value)
 	default:
 		f.Mend = fmt.Sprintf("# on the host: sysctl -w %s=%s", c.setting, d.value)
 	}
@@ -1975,12 +2006,9 @@ func tuneKernel(cfg *config, log *slog.Logger) []finding {
 	if cfg.Tune == "off" {
 		return nil
 	}
-	k := system{cfg, openFiles(), runtime.GOMAXPROCS(0)}
+	k := system{cfg, log, openFiles(), runtime.GOMAXPROCS(0), hasHostNetwork()}
 	findings := k.examine(cfg.Tune == "apply")
 	for _, f := range findings {
-		if f.Before != "" {
-			log.Info("kernel setting written", "setting", f.Setting, "before", f.Before, "found", f.Found, "wanted", f.Wanted)
-		}
 		about := []any{"setting", f.Setting, "found", f.Found, "wanted", f.Wanted, "verdict", f.Verdict, "why", f.Why, "change", f.Change, "mend", f.Mend}
 		if f.Verdict == verdictShort {
 			log.Warn("kernel setting falls short", about...)
