@@ -1230,13 +1230,22 @@ var kernelFiles = map[string]string{
 	"/proc/sys/net/ipv4/tcp_migrate_req": "1", "/proc/sys/net/ipv4/tcp_congestion_control": "cubic", "/proc/sys/net/ipv4/tcp_allowed_congestion_control": "reno cubic bbr",
 	"/proc/sys/net/netfilter/nf_conntrack_max": "262144", "/proc/sys/net/netfilter/nf_conntrack_count": "17",
 	"/sys/fs/cgroup/cgroup.procs": "1", "/sys/fs/cgroup/pids.max": "max", "/sys/fs/cgroup/memory.max": "268435456", "/sys/fs/cgroup/cpu.max": "max 100000",
-	"/proc/self/cgroup": "0::/", "GOMAXPROCS": "2", "/proc/sys/net/core/netdev_max_backlog": "gone",
+	"/proc/self/cgroup": "0::/", "/proc/self/mountinfo": cgroup2At("/"), "GOMAXPROCS": "2", "/proc/sys/net/core/netdev_max_backlog": "gone",
+}
+
+// cgroup2At is a line of mountinfo that has a cgroup at /sys/fs/cgroup; cgroup1At one with controllers of version 1, in their folder.
+func cgroup2At(root string) string {
+	return "42 31 0:39 " + root + " /sys/fs/cgroup ro,nosuid shared:9 - cgroup2 cgroup rw,nsdelegate\n"
+}
+
+func cgroup1At(root, controllers string) string {
+	return "43 31 0:32 " + root + " /sys/fs/cgroup/" + controllers + " ro,relatime - cgroup cgroup rw," + controllers + "\n"
 }
 
 // TestKernelSettings has a kernel's files say what a case tells, and all others that all is well. Its own /proc/sys and /sys/fs/cgroup are in a
 // mount namespace.
 func TestKernelSettings(t *testing.T) {
-	if !inNamespace(t, "-mn", `mount -t tmpfs none /sys/fs/cgroup && echo >/sys/fs/cgroup/own && mount --bind /sys/fs/cgroup/own /proc/$$/cgroup &&
+	if !inNamespace(t, "-mn", `mount -t tmpfs none /sys/fs/cgroup && for f in cgroup mountinfo; do echo >/sys/fs/cgroup/own-$f && mount --bind /sys/fs/cgroup/own-$f /proc/$$/$f || exit; done &&
 		ip link add eth0 type veth && ip link set eth0 up && ip -6 route add default dev eth0 && mount -t tmpfs none /proc/sys && ulimit -n 3000`) {
 		return
 	}
@@ -1263,10 +1272,12 @@ func TestKernelSettings(t *testing.T) {
 		}
 	}
 	type files map[string]string
-	v1 := files{"/proc/self/cgroup": "9:name=systemd:/\n7:pids:/a/b\n5:memory:/a/b\n3:cpu,cpuacct:/a/b\n0::/", "/sys/fs/cgroup/cgroup.procs": "gone",
+	v1 := files{"/proc/self/cgroup": "9:name=systemd:/\n7:pids:/a/b\n5:memory:/a/b\n3:cpu,cpuacct:/host/x\n0::/",
+		"/proc/self/mountinfo":                 "30 23 0:28 / /sys/fs/cgroup rw - tmpfs none rw\n" + cgroup1At("/", "pids") + cgroup1At("/", "memory") + cgroup1At("/host/x", "cpu,cpuacct"),
 		"/sys/fs/cgroup/pids/a/b/cgroup.procs": "", "/sys/fs/cgroup/pids/a/b/pids.max": "max", "/sys/fs/cgroup/pids/a/cgroup.procs": "", "/sys/fs/cgroup/pids/a/pids.max": "20",
 		"/sys/fs/cgroup/memory/cgroup.procs": "", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712", "/sys/fs/cgroup/memory/a/b/cgroup.procs": "",
-		"/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "33554432", "/sys/fs/cgroup/cpu/cgroup.procs": "", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000", "GOMAXPROCS": "4"}
+		"/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "33554432", "/sys/fs/cgroup/cpu,cpuacct/cgroup.procs": "", "/sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "250000", "/sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000", "GOMAXPROCS": "4"}
+	const unseen = "cannot be read: no cgroup is to be seen"
 	hostNetwork := files{"/proc/sys/net/core/netdev_max_backlog": "1000", "/proc/sys/net/core/somaxconn": "128", "/proc/sys/net/ipv4/ip_local_port_range": "9 10"}
 	for _, c := range []struct {
 		setting, found, wanted, verdict, mend string
@@ -1315,9 +1326,9 @@ func TestKernelSettings(t *testing.T) {
 			files{"/proc/sys/net/ipv4/tcp_congestion_control": "reno", "/proc/sys/net/ipv4/tcp_allowed_congestion_control": "reno bbr"}, nil},
 		{"net.ipv4.tcp_congestion_control", "reno", "cubic or bbr", "advice", "",
 			files{"/proc/sys/net/ipv4/tcp_congestion_control": "reno", "/proc/sys/net/ipv4/tcp_allowed_congestion_control": "gone"}, nil},
-		{"net.netfilter.nf_conntrack_max", "1000", "a quarter free: 751 are taken", "short", "# on the host: sysctl -w net.netfilter.nf_conntrack_max=2000",
+		{"net.netfilter.nf_conntrack_max", "1000", "a quarter free: 751 are taken here", "short", "# on the host: sysctl -w net.netfilter.nf_conntrack_max=2000",
 			files{"/proc/sys/net/netfilter/nf_conntrack_max": "1000", "/proc/sys/net/netfilter/nf_conntrack_count": "751"}, nil},
-		{"net.netfilter.nf_conntrack_max", "4096", "at least 10000, a quarter free: 17 are taken", "short", "# on the host: sysctl -w net.netfilter.nf_conntrack_max=10000", files{"/proc/sys/net/netfilter/nf_conntrack_max": "4096"}, []string{"MAX_CONNS=5000"}},
+		{"net.netfilter.nf_conntrack_max", "4096", "at least 10000, a quarter free: 17 are taken here", "short", "# on the host: sysctl -w net.netfilter.nf_conntrack_max=10000", files{"/proc/sys/net/netfilter/nf_conntrack_max": "4096"}, []string{"MAX_CONNS=5000"}},
 		{"net.netfilter.nf_conntrack_max", "cannot be read: no such file or directory", "", "unknown", "", files{"/proc/sys/net/netfilter/nf_conntrack_max": "gone"}, nil},
 		{"cgroup pids.max", "30", "at least 40", "short", "pids_limit: 40 # or deploy.resources.limits.pids, where that is set", files{"/sys/fs/cgroup/pids.max": "30"}, nil},
 		{"cgroup pids.max", "20", "at least 48", "short", "pids_limit: 48 # or deploy.resources.limits.pids, where that is set", v1, nil},
@@ -1326,7 +1337,20 @@ func TestKernelSettings(t *testing.T) {
 		{"cgroup memory.max", "256 MiB", "at least 329 MiB", "short", "mem_limit: 329m # or deploy.resources.limits.memory, where that is set", nil, []string{"MAX_CONNS=5000"}},
 		{"cgroup memory.max", "256 MiB", "at least 272 MiB", "short", "mem_limit: 272m # or deploy.resources.limits.memory, where that is set", nil, []string{"MEMORY_LIMIT=256MiB"}},
 		{"cgroup memory.max", "no limit", "at least 64 MiB", "ok", "", files{"/sys/fs/cgroup/memory.max": "max"}, nil},
-		{"cgroup memory.max", "cannot be read: no cgroup is to be seen", "", "unknown", "", files{"/proc/self/cgroup": "0::/elsewhere", "/sys/fs/cgroup/cgroup.procs": "gone"}, nil},
+		{"cgroup memory.max", "32 MiB", "at least 64 MiB", "short", "mem_limit: 64m # or deploy.resources.limits.memory, where that is set", // of a pod, above the container
+			files{"/proc/self/cgroup": "0::/pod/one", "/sys/fs/cgroup/pod/one/cgroup.procs": "", "/sys/fs/cgroup/pod/memory.max": "33554432", "/sys/fs/cgroup/pod/one/memory.max": "max"}, nil},
+		{"cgroup memory.max", "32 MiB", "at least 64 MiB", "short", "mem_limit: 64m # or deploy.resources.limits.memory, where that is set", // the host's, in a cgroup namespace
+			files{"/proc/self/cgroup": "0::/../two/one", "/proc/self/mountinfo": cgroup2At("/.."), "/sys/fs/cgroup/two/one/cgroup.procs": "", "/sys/fs/cgroup/two/memory.max": "33554432"}, nil},
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/mountinfo": cgroup2At("/../..")}, nil}, // its name there is not to be seen
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/../two"}, nil},
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/ab", "/proc/self/mountinfo": cgroup2At("/a")}, nil},
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/elsewhere"}, nil},
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/mountinfo": ""}, nil},
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/\n4:memory:/a"}, nil}, // version 2 has other controllers
+		{"cgroup memory.max", "cannot be read: is a directory", "", "unknown", "",
+			files{"/proc/self/cgroup": "0::/odd", "/sys/fs/cgroup/odd/cgroup.procs": "", "/sys/fs/cgroup/odd/memory.max/x": ""}, nil},
+		{"cgroup cpu.max", "cannot be read: is a directory", "", "unknown", "",
+			files{"/proc/self/cgroup": "0::/odd", "/sys/fs/cgroup/odd/cgroup.procs": "", "/sys/fs/cgroup/odd/cpu.max/x": ""}, nil},
 		{"cgroup cpu.max", "0.5 CPUs, GOMAXPROCS 2", "GOMAXPROCS at most 2", "ok", "", files{"/sys/fs/cgroup/cpu.max": "50000 100000"}, nil},
 		{"cgroup cpu.max", "0.5 CPUs, GOMAXPROCS 4", "GOMAXPROCS at most 2", "short", `environment: {GOMAXPROCS: "2"}`, files{"/sys/fs/cgroup/cpu.max": "50000 100000", "GOMAXPROCS": "4"}, nil},
 		{"cgroup cpu.max", "2.5 CPUs, GOMAXPROCS 4", "GOMAXPROCS at most 3", "short", `environment: {GOMAXPROCS: "3"}`, v1, nil},

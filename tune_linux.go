@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"math"
 	"net"
@@ -1665,7 +1666,7 @@ func checks() []check {
 		{"net.ipv4.tcp_migrate_req", byNamespace, "", nil, advised("1"),
 			"for restarts: connections that wait at a listener that closes go to the process that takes over (ip-sysctl.rst): 7,000 restarts lost 2 of 1.2 million requests"},
 		{"net.ipv4.tcp_congestion_control", byNamespace, "", nil, judgeCongestion, "for what is sent to origins: cubic is the standard (RFC 9438), bbr slows down less where packets get lost. Here those of tcp_allowed_congestion_control can be set"},
-		{"net.netfilter.nf_conntrack_max", byHost, "", nil, (*system).judgeTracking, "where connections are tracked, each takes an entry on either side, and with none left packets are dropped (nf_conntrack-sysctl.rst)"},
+		{"net.netfilter.nf_conntrack_max", byHost, "", nil, (*system).judgeTracking, "where connections are tracked, each takes an entry on either side, and with none left packets are dropped (nf_conntrack_core.c). Entries are counted per network: those of the host show there"},
 		{"cgroup pids.max", byContainer, "pids_limit: %s # or deploy.resources.limits.pids, where that is set", readThreads, (*system).judgeThreads,
 			"on two CPUs 7 threads serve, and `sluice health` needs its own; where one cannot be made the process ends"},
 		{"cgroup memory.max", byContainer, "mem_limit: %s # or deploy.resources.limits.memory, where that is set", readMemory, (*system).judgeMemory, "64 MiB bear floods of clients, a test shows; a busy connection takes up to 64 KiB"},
@@ -1931,7 +1932,7 @@ func (k *system) judgeTracking(found string) demand {
 		wanted = fmt.Sprintf("at least %d, %s", need, wanted)
 	}
 	if err == nil {
-		wanted += ": " + count + " are taken"
+		wanted += ": " + count + " are taken here"
 	}
 	return demanded(most == 0 || most >= need && number(count, 0) <= most/4*3, verdictShort, wanted, 2*max(most, need/2))
 }
@@ -1983,7 +1984,7 @@ func (k *system) judgeCPU(string) demand {
 
 // readRoute looks for a default route: destination ::/0, up, not one that rejects.
 func readRoute(*system) (string, error) {
-	text, err := os.ReadFile("/proc/net/ipv6_route")
+	text, err := os.ReadFile("/proc/self/net/ipv6_route") // as /proc/net, which not every container shows
 	for line := range strings.Lines(string(text)) {
 		f := strings.Fields(line)
 		if len(f) == 10 && f[0] == strings.Repeat("0", 32) && f[1] == "00" {
@@ -2063,7 +2064,10 @@ func cgroupLimit(controller string, files ...string) (least int64, err error) {
 	dirs, err := cgroups(controller)
 	for _, dir := range dirs {
 		for _, file := range files {
-			value, _ := readSetting(path.Join(dir, file))
+			value, bad := readSetting(path.Join(dir, file))
+			if bad != nil && !errors.Is(bad, fs.ErrNotExist) { // where there is no file there is no limit
+				err = bad
+			}
 			if n := number(value, 0); n > 0 && n < 1<<60 && (least == 0 || n < least) { // version 1 says "no limit" with a number near 1<<63
 				least = n
 			}
@@ -2076,8 +2080,10 @@ func cgroupLimit(controller string, files ...string) (least int64, err error) {
 func cgroupQuota() (least float64, err error) {
 	dirs, err := cgroups("cpu")
 	for _, dir := range dirs {
-		value, err := readSetting(path.Join(dir, "cpu.max"))
-		if err != nil {
+		value, bad := readSetting(path.Join(dir, "cpu.max"))
+		if bad != nil && !errors.Is(bad, fs.ErrNotExist) {
+			err = bad
+		} else if bad != nil {
 			most, _ := readSetting(path.Join(dir, "cpu.cfs_quota_us"))
 			period, _ := readSetting(path.Join(dir, "cpu.cfs_period_us"))
 			value = most + " " + period
@@ -2089,29 +2095,38 @@ func cgroupQuota() (least float64, err error) {
 	return least, err
 }
 
-// cgroups are the folders of this process's cgroup and those above it, as far as they can be seen: in a container the own one is usually
-// seen as the root.
+// cgroups are the folders of this process's cgroup and those above it, as far as they can be seen. In a container the own one is usually seen
+// as the root, and with version 1 under a path that only the host has; a mount of the host's there shows another cgroup as the root. So the
+// folder is where a mount's root (mountinfo, proc_pid_mountinfo(5)) begins the path of the cgroup.
 func cgroups(controller string) (dirs []string, err error) {
 	text, err := os.ReadFile("/proc/self/cgroup")
+	mounts, bad := os.ReadFile("/proc/self/mountinfo")
+	var own, kind string // a controller that has a hierarchy of version 1 is in no other (cgroups(7))
 	for line := range strings.Lines(string(text)) {
 		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		if len(parts) != 3 || parts[1] != "" && !slices.Contains(strings.Split(parts[1], ","), controller) {
+		if len(parts) != 3 {
 			continue
-		}
-		root := "/sys/fs/cgroup"
-		if parts[1] != "" { // version 1
-			root += "/" + controller
-		}
-		for dir := parts[2]; dir != "."; dir = path.Dir(dir) {
-			if _, err := os.Stat(path.Join(root, dir, "cgroup.procs")); err == nil {
-				dirs = append(dirs, path.Join(root, dir))
-			}
-			if dir == "/" {
-				break
-			}
+		} else if slices.Contains(strings.Split(parts[1], ","), controller) {
+			own, kind = parts[2], "cgroup"
+		} else if parts[1] == "" && kind == "" {
+			own, kind = parts[2], "cgroup2"
 		}
 	}
-	if err == nil && dirs == nil {
+	for mount := range strings.Lines(string(mounts)) {
+		before, after, _ := strings.Cut(mount, " - ")
+		at, of := strings.Fields(before), strings.Fields(after)
+		if len(at) < 5 || len(of) < 3 || of[0] != kind || kind == "cgroup" && !slices.Contains(strings.Split(of[2], ","), controller) {
+			continue
+		}
+		below, ok := strings.CutPrefix(own+"/", strings.TrimSuffix(at[3], "/")+"/")
+		if _, err := os.Stat(path.Join(at[4], below, "cgroup.procs")); !ok || err != nil || strings.HasPrefix(below, "../") {
+			continue
+		}
+		for dir := path.Join(at[4], below); len(dir) >= len(at[4]) && dir != "/"; dir = path.Dir(dir) {
+			dirs = append(dirs, dir)
+		}
+	}
+	if err = cmp.Or(err, bad); err == nil && dirs == nil {
 		err = errors.New("no cgroup is to be seen")
 	}
 	return dirs, err
