@@ -1304,6 +1304,7 @@ func TestKernelSettings(t *testing.T) {
 		{"net.ipv4.tcp_max_syn_backlog", "128", "at least 4096", "short", `sysctls: {net.ipv4.tcp_max_syn_backlog: "4096"}`, files{"/proc/sys/net/ipv4/tcp_syncookies": "gone"}, nil},
 		{"net.ipv4.ip_local_port_range", "40000 50000", "at least 28000 ports", "short", `sysctls: {net.ipv4.ip_local_port_range: "10240 65535"}`, files{"/proc/sys/net/ipv4/ip_local_port_range": "40000\t50000"}, nil},
 		{"net.ipv4.ip_local_port_range", "40000 50000", "at least 9000 ports", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "40000\t50000"}, []string{"MAX_CONNS_PER_HOST=9000"}},
+		{"net.ipv4.ip_local_port_range", "40000 50000", "at least 9000 ports", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "40000\t50000"}, []string{"MAX_CONNS=20000", "MAX_CONNS_PER_HOST=9000"}},
 		{"net.ipv4.ip_local_port_range", "32768 60999", "at least 55296 ports", "short", `sysctls: {net.ipv4.ip_local_port_range: "10240 65535"}`, nil, []string{"MAX_CONNS=400000"}},
 		{"net.ipv4.ip_local_port_range", "10240 65535", "at least 55296 ports", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "10240 65535"}, []string{"MAX_CONNS=400000"}},
 		{"net.ipv4.ip_local_reserved_ports", "none", "3128,3129", "short", `sysctls: {net.ipv4.ip_local_reserved_ports: "3128,3129"}`, files{"/proc/sys/net/ipv4/ip_local_port_range": "1024 65535"}, nil},
@@ -1319,6 +1320,7 @@ func TestKernelSettings(t *testing.T) {
 		{"net.ipv4.tcp_fin_timeout", "600", "at most 60", "advice", `sysctls: {net.ipv4.tcp_fin_timeout: "60"}`, files{"/proc/sys/net/ipv4/tcp_fin_timeout": "600"}, nil},
 		{"net.ipv4.tcp_keepalive_time", "9999", "any", "ok", "", files{"/proc/sys/net/ipv4/tcp_keepalive_time": "9999"}, nil},
 		{"net.ipv4.tcp_rmem", "4096 131072 262144", "a maximum of 4194304", "advice", `sysctls: {net.ipv4.tcp_rmem: "4096 131072 4194304"}`, files{"/proc/sys/net/ipv4/tcp_rmem": "4096\t131072\t262144"}, nil},
+		{"net.ipv4.tcp_wmem", "4096 16384 262144", "a maximum of 4194304", "advice", `sysctls: {net.ipv4.tcp_wmem: "4096 16384 4194304"}`, files{"/proc/sys/net/ipv4/tcp_wmem": "4096\t16384\t262144"}, nil},
 		{"net.ipv4.tcp_migrate_req", "0", "1", "advice", `sysctls: {net.ipv4.tcp_migrate_req: "1"}`, files{"/proc/sys/net/ipv4/tcp_migrate_req": "0"}, nil},
 		{"net.ipv4.tcp_congestion_control", "reno", "cubic or bbr", "advice", `sysctls: {net.ipv4.tcp_congestion_control: "cubic"}`, files{"/proc/sys/net/ipv4/tcp_congestion_control": "reno"}, nil},
 		{"net.ipv4.tcp_congestion_control", "bbr", "cubic or bbr", "ok", "", files{"/proc/sys/net/ipv4/tcp_congestion_control": "bbr"}, nil},
@@ -1379,7 +1381,9 @@ func TestKernelSettings(t *testing.T) {
 	if out, err := exec.Command("ip", "-6", "route", "replace", "unreachable", "default").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	exec.Command("ip", "-6", "route", "del", "default", "dev", "eth0").Run()
+	if out, err := exec.Command("ip", "-6", "route", "add", "::/1", "dev", "eth0").CombinedOutput(); err != nil { // not the default one
+		t.Fatalf("%v: %s", err, out)
+	}
 	all, _ = tuned(t)
 	if f := all["IPv6 route"]; f.Found != "none" || f.Verdict != verdictAdvice || !strings.Contains(f.Mend, "enable_ipv6") {
 		t.Errorf("%+v", f)
@@ -1438,7 +1442,8 @@ func TestTuneApply(t *testing.T) {
 	if len(written) > 0 {
 		t.Errorf("not told of: %v", written)
 	}
-	value, _ := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	const sysctl = "/proc/sys/net/ipv4/"
+	value, _ := os.ReadFile(sysctl + "ip_local_port_range")
 	if strings.Join(strings.Fields(string(value)), " ") != "10240 65535" {
 		t.Errorf("the range is %q", value)
 	}
@@ -1452,10 +1457,9 @@ func TestTuneApply(t *testing.T) {
 			t.Errorf("%+v", f)
 		}
 	}
-	for file, value := range map[string]string{"ip_local_port_range": "30000 30300", "ip_unprivileged_port_start": "20000"} { // the range may not begin below
-		if err := os.WriteFile("/proc/sys/net/ipv4/"+file, []byte(value), 0o644); err != nil {
-			t.Fatal(err)
-		}
+	err := os.WriteFile(sysctl+"ip_local_port_range", []byte("30000 30300"), 0o644)
+	if err = errors.Join(err, os.WriteFile(sysctl+"ip_unprivileged_port_start", []byte("20000"), 0o644)); err != nil { // no range may begin below
+		t.Fatal(err)
 	}
 	found, log := tuned(t, "TUNE=apply")
 	if f := found["net.ipv4.ip_local_port_range"]; f.Found != "30000 30300" || f.Verdict != verdictShort || f.Before != "" ||
@@ -1504,6 +1508,21 @@ func TestTuneUnprivileged(t *testing.T) {
 	}
 	if !strings.HasPrefix(mending, "services:\n  proxy:\n    ulimits:\n      nofile: 2359\n") {
 		t.Errorf("%s", mending)
+	}
+	out, status = run("true", newAuthority(t).vars("HTTP3=true")...) // buffers are told as a socket is given them
+	for _, name := range []string{"net.core.rmem_max", "net.core.wmem_max"} {
+		value, err := os.ReadFile("/proc/sys/" + strings.ReplaceAll(name, ".", "/"))
+		if err != nil { // a namespace of an older kernel
+			continue
+		}
+		most, _ := strconv.Atoi(strings.TrimSpace(string(value)))
+		want := fmt.Sprintf(`(?m)^%s +%d +at least 7340032 +ok `, name, most)
+		if most < 7<<20 {
+			want = fmt.Sprintf(`(?ms)^%s +%d +at least 7340032 +short .*^# on the host: sysctl -w %s=7340032$`, name, most, name)
+		}
+		if !regexp.MustCompile(want).MatchString(out) || most < 7<<20 && status != 1 {
+			t.Errorf("status %d, %s is %d: %s", status, name, most, out)
+		}
 	}
 	if out, status = run("true", "MAX_CONNS=many"); status != 2 || !strings.Contains(out, "SLUICE_MAX_CONNS") {
 		t.Errorf("status %d: %s", status, out)

@@ -1987,7 +1987,7 @@ func readRoute(*system) (string, error) {
 	text, err := os.ReadFile("/proc/self/net/ipv6_route") // as /proc/net, which not every container shows
 	for line := range strings.Lines(string(text)) {
 		f := strings.Fields(line)
-		if len(f) == 10 && f[0] == strings.Repeat("0", 32) && f[1] == "00" {
+		if len(f) == 10 && f[1] == "00" { // the length of its prefix
 			if flags, err := strconv.ParseUint(f[8], 16, 32); err == nil && flags&unix.RTF_UP != 0 && flags&unix.RTF_REJECT == 0 {
 				return "by " + f[9], nil
 			}
