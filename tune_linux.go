@@ -1642,7 +1642,7 @@ func checks() []check {
 	const quic = "HTTP/3: quic-go asks for 7 MiB, since bursts that find less room are lost (its wiki, UDP Buffer Sizes)"
 	return []check{
 		{"RLIMIT_NOFILE", byContainer, "ulimits: {nofile: %s}", (*system).readFiles, (*system).judgeFiles,
-			"a client and its origin take a descriptor each, and an eighth of all is for pipes"},
+			"a client and its origin take a descriptor each, and an eighth of all is for pipes. A rootless engine gives no more than its own hard limit"},
 		{"fs.nr_open", byHost, "", nil, (*system).judgeAllFiles, "RLIMIT_NOFILE cannot be above it (getrlimit(2))"},
 		{"fs.file-max", byHost, "", nil, (*system).judgeAllFiles, "all processes of the machine have no more together (proc_sys_fs(5))"},
 		{"fs.pipe-user-pages-soft", byHost, "", nil, judgePipes, "pipes carry tunnels: beyond it those of a user id, in all containers together, hold a page or two each (pipe(7))"},
