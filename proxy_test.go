@@ -1297,6 +1297,7 @@ func TestKernelSettings(t *testing.T) {
 		{"net.core.somaxconn", "128", "at least 4096", "short", "# on the host: sysctl -w net.core.somaxconn=4096", hostNetwork, nil},
 		{"net.ipv4.ip_local_port_range", "9 10", "at least 28000 ports", "short", `# on the host: sysctl -w net.ipv4.ip_local_port_range="10240 65535"`, hostNetwork, nil},
 		{"net.core.somaxconn", "128", "at least 100", "ok", "", files{"/proc/sys/net/core/somaxconn": "128"}, []string{"MAX_CONNS=100"}},
+		{"net.core.somaxconn", "4096", "at least 4096", "ok", "", nil, []string{"MAX_CONNS=9000"}},
 		{"net.core.somaxconn", "many", "at least 4096", "short", `sysctls: {net.core.somaxconn: "4096"}`, files{"/proc/sys/net/core/somaxconn": "many"}, nil},
 		{"net.core.somaxconn", "cannot be read: no such file or directory", "", "unknown", "", files{"/proc/sys/net/core/somaxconn": "gone"}, nil},
 		{"net.ipv4.tcp_syncookies", "0", "at least 1", "short", `sysctls: {net.ipv4.tcp_syncookies: "1"}`, files{"/proc/sys/net/ipv4/tcp_syncookies": "0", "/proc/sys/net/ipv4/tcp_max_syn_backlog": "4096"}, nil},
