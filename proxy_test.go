@@ -1340,12 +1340,15 @@ func TestKernelSettings(t *testing.T) {
 		{"cgroup memory.max", "256 MiB", "at least 329 MiB", "short", "mem_limit: 329m # or deploy.resources.limits.memory, where that is set", nil, []string{"MAX_CONNS=5000"}},
 		{"cgroup memory.max", "256 MiB", "at least 272 MiB", "short", "mem_limit: 272m # or deploy.resources.limits.memory, where that is set", nil, []string{"MEMORY_LIMIT=256MiB"}},
 		{"cgroup memory.max", "no limit", "at least 64 MiB", "ok", "", files{"/sys/fs/cgroup/memory.max": "max"}, nil},
+		{"cgroup memory.max", "no limit", "at least 64 MiB", "ok", "", files{"/proc/self/cgroup": "4:memory:/", "/proc/self/mountinfo": cgroup1At("/", "memory"),
+			"/sys/fs/cgroup/memory/cgroup.procs": "", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}, nil},
 		{"cgroup memory.max", "32 MiB", "at least 64 MiB", "short", "mem_limit: 64m # or deploy.resources.limits.memory, where that is set", // of a pod, above the container
 			files{"/proc/self/cgroup": "0::/pod/one", "/sys/fs/cgroup/pod/one/cgroup.procs": "", "/sys/fs/cgroup/pod/memory.max": "33554432", "/sys/fs/cgroup/pod/one/memory.max": "max"}, nil},
 		{"cgroup memory.max", "32 MiB", "at least 64 MiB", "short", "mem_limit: 64m # or deploy.resources.limits.memory, where that is set", // the host's, in a cgroup namespace
 			files{"/proc/self/cgroup": "0::/../two/one", "/proc/self/mountinfo": cgroup2At("/.."), "/sys/fs/cgroup/two/one/cgroup.procs": "", "/sys/fs/cgroup/two/memory.max": "33554432"}, nil},
 		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/mountinfo": cgroup2At("/../..")}, nil}, // its name there is not to be seen
-		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/../two"}, nil},
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/../cgroup"}, nil},        // not /sys/fs/cgroup
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "4:memory:/a", "/proc/self/mountinfo": cgroup1At("/", "pids"), "/sys/fs/cgroup/pids/a/cgroup.procs": ""}, nil},
 		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/ab", "/proc/self/mountinfo": cgroup2At("/a")}, nil},
 		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/elsewhere"}, nil},
 		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/mountinfo": ""}, nil},
