@@ -1358,6 +1358,8 @@ func TestKernelSettings(t *testing.T) {
 		{"cgroup cpu.max", "cannot be read: is a directory", "", "unknown", "",
 			files{"/proc/self/cgroup": "0::/odd", "/sys/fs/cgroup/odd/cgroup.procs": "", "/sys/fs/cgroup/odd/cpu.max/x": ""}, nil},
 		{"cgroup cpu.max", "0.5 CPUs, GOMAXPROCS 2", "GOMAXPROCS at most 2", "ok", "", files{"/sys/fs/cgroup/cpu.max": "50000 100000"}, nil},
+		{"cgroup cpu.max", "0.5 CPUs, GOMAXPROCS 2", "GOMAXPROCS at most 2", "ok", "", // less than its pod's
+			files{"/proc/self/cgroup": "0::/pod/one", "/sys/fs/cgroup/pod/one/cgroup.procs": "", "/sys/fs/cgroup/pod/one/cpu.max": "50000 100000", "/sys/fs/cgroup/pod/cpu.max": "400000 100000"}, nil},
 		{"cgroup cpu.max", "0.5 CPUs, GOMAXPROCS 4", "GOMAXPROCS at most 2", "short", `environment: {GOMAXPROCS: "2"}`, files{"/sys/fs/cgroup/cpu.max": "50000 100000", "GOMAXPROCS": "4"}, nil},
 		{"cgroup cpu.max", "2.5 CPUs, GOMAXPROCS 4", "GOMAXPROCS at most 3", "short", `environment: {GOMAXPROCS: "3"}`, v1, nil},
 	} {
