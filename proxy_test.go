@@ -1271,6 +1271,12 @@ func TestKernelSettings(t *testing.T) {
 			t.Errorf("%s: %+v", setting, f)
 		}
 	}
+	for setting, change := range map[string]string{"RLIMIT_NOFILE": "limits of the container", "fs.nr_open": "host", "fs.file-max": "host", "fs.pipe-user-pages-soft": "host",
+		"net.core.rmem_max": "host", "net.core.wmem_max": "host", "cgroup pids.max": "limits of the container", "cgroup memory.max": "limits of the container", "cgroup cpu.max": "environment", "IPv6 route": "host"} {
+		if all[setting].Change != change {
+			t.Errorf("%+v", all[setting])
+		}
+	}
 	type files map[string]string
 	v1 := files{"/proc/self/cgroup": "9:name=systemd:/\n7:pids:/a/b\n5:memory:/a/b\n3:cpu,cpuacct:/host/x\n0::/",
 		"/proc/self/mountinfo":                 "30 23 0:28 / /sys/fs/cgroup rw - tmpfs none rw\n" + cgroup1At("/", "pids") + cgroup1At("/", "memory") + cgroup1At("/host/x", "cpu,cpuacct"),
@@ -1428,6 +1434,11 @@ func TestTuneApply(t *testing.T) {
 	if !inNamespace(t, "-mn", "ip link set lo up && echo "+reserved+" >/proc/sys/net/ipv4/ip_local_reserved_ports && echo 128 >/proc/sys/net/core/somaxconn && echo 0 >/proc/sys/net/ipv4/tcp_migrate_req && echo 3000 3300 >/proc/sys/net/ipv4/ip_local_port_range && "+
 		"echo 4096 65536 65536 >/proc/sys/net/ipv4/tcp_rmem && mount --bind /proc/sys/net/ipv4/tcp_rmem /proc/sys/net/ipv4/tcp_rmem && mount -o remount,ro,bind /proc/sys/net/ipv4/tcp_rmem") {
 		return
+	}
+	report := exec.Command(binary, "tune") // writes nothing
+	report.Env = prefixed("TUNE=apply")
+	if out, _ := report.Output(); !regexp.MustCompile(`(?m)^net.core.somaxconn +128 +at least 4096 +short `).Match(out) || report.ProcessState.ExitCode() != 1 {
+		t.Errorf("%s", out)
 	}
 	p := startProcess(t, binary, "TUNE=apply", "LISTEN=127.0.0.1:31280") // a process: Go asks for somaxconn once
 	if p.start["backlog"] != 4096.0 {
