@@ -955,33 +955,38 @@ func printTune(environ []string, stdout, stderr io.Writer) int {
 	return status
 }
 
-// printMending prints a file that, after compose.yaml, mends findings.
+// printMending prints a file that, after compose.yaml, mends findings, and as comments what no such file can. A service with nothing in it
+// would be no mapping to Compose.
 func printMending(findings []finding, out io.Writer) {
-	var sections []string
-	lines := map[string][]string{} // by section
+	var sections, comments []string
+	lines := map[string]string{} // by section
 	for _, f := range findings {
 		section, line, nested := strings.Cut(f.Mend, ": {")
 		switch {
 		case f.Mend == "":
 			continue
+		case strings.HasPrefix(f.Mend, "#"):
+			comments = append(comments, f.Mend)
+			continue
 		case nested:
-			line = "      " + strings.TrimSuffix(line, "}")
-			section += ":"
+			section, line = section+":", "\n      "+strings.TrimSuffix(line, "}")
 		}
-		if f.Verdict == verdictAdvice && !strings.HasPrefix(section, "#") {
+		if f.Verdict == verdictAdvice {
 			line += " # advice"
 		}
-		if _, there := lines[section]; !there {
+		if lines[section] == "" {
 			sections = append(sections, section)
 		}
-		lines[section] = append(lines[section], line)
+		lines[section] += line
 	}
-	if sections == nil {
-		return
+	if sections != nil {
+		fmt.Fprint(out, "\n# compose.override.yaml\nservices:\n  proxy:\n")
 	}
-	fmt.Fprint(out, "\n# compose.override.yaml\nservices:\n  proxy:\n")
 	for _, section := range sections {
-		fmt.Fprintf(out, "    %s%s\n", section, strings.Join(append([]string{""}, lines[section]...), "\n"))
+		fmt.Fprintf(out, "    %s%s\n", section, lines[section])
+	}
+	if comments != nil {
+		fmt.Fprintf(out, "\n%s\n", strings.Join(comments, "\n"))
 	}
 }
 

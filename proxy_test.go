@@ -1229,16 +1229,25 @@ var kernelFiles = map[string]string{
 	"/proc/sys/net/ipv4/ip_local_port_range": "32768\t60999", "/proc/sys/net/ipv4/ip_local_reserved_ports": "", "/proc/sys/net/ipv4/tcp_tw_reuse": "1",
 	"/proc/sys/net/ipv4/tcp_fin_timeout": "60", "/proc/sys/net/ipv4/tcp_keepalive_time": "7200", "/proc/sys/net/ipv4/tcp_keepalive_intvl": "75",
 	"/proc/sys/net/ipv4/tcp_keepalive_probes": "9", "/proc/sys/net/ipv4/tcp_rmem": "4096\t131072\t6291456", "/proc/sys/net/ipv4/tcp_wmem": "4096\t16384\t4194304",
-	"/proc/sys/net/ipv4/tcp_migrate_req": "1", "/proc/sys/net/ipv4/tcp_congestion_control": "cubic",
+	"/proc/sys/net/ipv4/tcp_migrate_req": "1", "/proc/sys/net/ipv4/tcp_congestion_control": "cubic", "/proc/sys/net/ipv4/tcp_allowed_congestion_control": "reno cubic bbr",
 	"/proc/sys/net/netfilter/nf_conntrack_max": "262144", "/proc/sys/net/netfilter/nf_conntrack_count": "17",
 	"/sys/fs/cgroup/cgroup.procs": "1", "/sys/fs/cgroup/pids.max": "max", "/sys/fs/cgroup/memory.max": "268435456", "/sys/fs/cgroup/cpu.max": "max 100000",
-	"/proc/self/cgroup": "0::/", "GOMAXPROCS": "2",
+	"/proc/self/cgroup": "0::/", "/proc/self/mountinfo": cgroup2At("/"), "GOMAXPROCS": "2", "/proc/sys/net/core/netdev_max_backlog": "gone",
+}
+
+// cgroup2At is a line of mountinfo that has a cgroup at /sys/fs/cgroup; cgroup1At one with controllers of version 1, in their folder.
+func cgroup2At(root string) string {
+	return "42 31 0:39 " + root + " /sys/fs/cgroup ro,nosuid shared:9 - cgroup2 cgroup rw,nsdelegate\n"
+}
+
+func cgroup1At(root, controllers string) string {
+	return "43 31 0:32 " + root + " /sys/fs/cgroup/" + controllers + " ro,relatime - cgroup cgroup rw," + controllers + "\n"
 }
 
 // TestKernelSettings has a kernel's files say what a case tells, and all others that all is well. Its own /proc/sys and /sys/fs/cgroup are in a
 // mount namespace.
 func TestKernelSettings(t *testing.T) {
-	if !inNamespace(t, "-mn", `mount -t tmpfs none /sys/fs/cgroup && echo >/sys/fs/cgroup/own && mount --bind /sys/fs/cgroup/own /proc/$$/cgroup &&
+	if !inNamespace(t, "-mn", `mount -t tmpfs none /sys/fs/cgroup && for f in cgroup mountinfo; do echo >/sys/fs/cgroup/own-$f && mount --bind /sys/fs/cgroup/own-$f /proc/$$/$f || exit; done &&
 		ip link add eth0 type veth && ip link set eth0 up && ip -6 route add default dev eth0 && mount -t tmpfs none /proc/sys && ulimit -n 3000`) {
 		return
 	}
@@ -1264,11 +1273,20 @@ func TestKernelSettings(t *testing.T) {
 			t.Errorf("%s: %+v", setting, f)
 		}
 	}
+	for setting, change := range map[string]string{"RLIMIT_NOFILE": "limits of the container", "fs.nr_open": "host", "fs.file-max": "host", "fs.pipe-user-pages-soft": "host",
+		"net.core.rmem_max": "host", "net.core.wmem_max": "host", "cgroup pids.max": "limits of the container", "cgroup memory.max": "limits of the container", "cgroup cpu.max": "environment", "IPv6 route": "host"} {
+		if all[setting].Change != change {
+			t.Errorf("%+v", all[setting])
+		}
+	}
 	type files map[string]string
-	v1 := files{"/proc/self/cgroup": "9:name=systemd:/\n7:pids:/a/b\n5:memory:/a/b\n3:cpu,cpuacct:/a/b\n0::/", "/sys/fs/cgroup/cgroup.procs": "gone",
+	v1 := files{"/proc/self/cgroup": "9:name=systemd:/\n7:pids:/a/b\n5:memory:/a/b\n3:cpu,cpuacct:/host/x\n0::/",
+		"/proc/self/mountinfo":                 "30 23 0:28 / /sys/fs/cgroup rw - tmpfs none rw\n" + cgroup1At("/", "pids") + cgroup1At("/", "memory") + cgroup1At("/host/x", "cpu,cpuacct"),
 		"/sys/fs/cgroup/pids/a/b/cgroup.procs": "", "/sys/fs/cgroup/pids/a/b/pids.max": "max", "/sys/fs/cgroup/pids/a/cgroup.procs": "", "/sys/fs/cgroup/pids/a/pids.max": "20",
 		"/sys/fs/cgroup/memory/cgroup.procs": "", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712", "/sys/fs/cgroup/memory/a/b/cgroup.procs": "",
-		"/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "33554432", "/sys/fs/cgroup/cpu/cgroup.procs": "", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000", "GOMAXPROCS": "4"}
+		"/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "33554432", "/sys/fs/cgroup/cpu,cpuacct/cgroup.procs": "", "/sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "250000", "/sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000", "GOMAXPROCS": "4"}
+	const unseen = "cannot be read: no cgroup is to be seen"
+	hostNetwork := files{"/proc/sys/net/core/netdev_max_backlog": "1000", "/proc/sys/net/core/somaxconn": "128", "/proc/sys/net/ipv4/ip_local_port_range": "9 10"}
 	for _, c := range []struct {
 		setting, found, wanted, verdict, mend string
 		files                                 files
@@ -1277,12 +1295,17 @@ func TestKernelSettings(t *testing.T) {
 		{"RLIMIT_NOFILE", "3000", "at least 4000", "short", "ulimits: {nofile: 4000}", nil, []string{"NOFILE=4000"}},
 		{"RLIMIT_NOFILE", "400", "at least 11502", "short", "ulimits: {nofile: 11502}", nil, []string{"MAX_CONNS=5000", "NOFILE=400"}},
 		{"RLIMIT_NOFILE", "200", "at least 200", "ok", "", nil, []string{"NOFILE=200"}},
+		{"RLIMIT_NOFILE", "3000", "at least 1200000", "short", "", nil, []string{"NOFILE=1200000"}}, // above fs.nr_open
+		{"fs.nr_open", "1048576", "at least 1142931", "short", "# on the host: sysctl -w fs.nr_open=1142931", nil, []string{"MAX_CONNS=500000"}},
 		{"fs.nr_open", "1024", "at least 2359", "short", "# on the host: sysctl -w fs.nr_open=2359", files{"/proc/sys/fs/nr_open": "1024"}, nil},
 		{"fs.file-max", "1024", "at least 2359", "short", "# on the host: sysctl -w fs.file-max=2359", files{"/proc/sys/fs/file-max": "1024"}, nil},
 		{"fs.pipe-user-pages-soft", "100", "at least 16384", "advice", "# on the host: sysctl -w fs.pipe-user-pages-soft=16384", files{"/proc/sys/fs/pipe-user-pages-soft": "100"}, nil},
 		{"fs.pipe-user-pages-soft", "0", "at least 16384", "ok", "", files{"/proc/sys/fs/pipe-user-pages-soft": "0"}, nil},
 		{"net.core.somaxconn", "128", "at least 4096", "short", `sysctls: {net.core.somaxconn: "4096"}`, files{"/proc/sys/net/core/somaxconn": "128"}, nil},
+		{"net.core.somaxconn", "128", "at least 4096", "short", "# on the host: sysctl -w net.core.somaxconn=4096", hostNetwork, nil},
+		{"net.ipv4.ip_local_port_range", "9 10", "at least 28000 ports", "short", `# on the host: sysctl -w net.ipv4.ip_local_port_range="10240 65535"`, hostNetwork, nil},
 		{"net.core.somaxconn", "128", "at least 100", "ok", "", files{"/proc/sys/net/core/somaxconn": "128"}, []string{"MAX_CONNS=100"}},
+		{"net.core.somaxconn", "4096", "at least 4096", "ok", "", nil, []string{"MAX_CONNS=9000"}},
 		{"net.core.somaxconn", "many", "at least 4096", "short", `sysctls: {net.core.somaxconn: "4096"}`, files{"/proc/sys/net/core/somaxconn": "many"}, nil},
 		{"net.core.somaxconn", "cannot be read: no such file or directory", "", "unknown", "", files{"/proc/sys/net/core/somaxconn": "gone"}, nil},
 		{"net.ipv4.tcp_syncookies", "0", "at least 1", "short", `sysctls: {net.ipv4.tcp_syncookies: "1"}`, files{"/proc/sys/net/ipv4/tcp_syncookies": "0", "/proc/sys/net/ipv4/tcp_max_syn_backlog": "4096"}, nil},
@@ -1290,31 +1313,61 @@ func TestKernelSettings(t *testing.T) {
 		{"net.ipv4.tcp_max_syn_backlog", "128", "at least 4096", "short", `sysctls: {net.ipv4.tcp_max_syn_backlog: "4096"}`, files{"/proc/sys/net/ipv4/tcp_syncookies": "gone"}, nil},
 		{"net.ipv4.ip_local_port_range", "40000 50000", "at least 28000 ports", "short", `sysctls: {net.ipv4.ip_local_port_range: "10240 65535"}`, files{"/proc/sys/net/ipv4/ip_local_port_range": "40000\t50000"}, nil},
 		{"net.ipv4.ip_local_port_range", "40000 50000", "at least 9000 ports", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "40000\t50000"}, []string{"MAX_CONNS_PER_HOST=9000"}},
+		{"net.ipv4.ip_local_port_range", "40000 50000", "at least 9000 ports", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "40000\t50000"}, []string{"MAX_CONNS=20000", "MAX_CONNS_PER_HOST=9000"}},
 		{"net.ipv4.ip_local_port_range", "32768 60999", "at least 55296 ports", "short", `sysctls: {net.ipv4.ip_local_port_range: "10240 65535"}`, nil, []string{"MAX_CONNS=400000"}},
 		{"net.ipv4.ip_local_port_range", "10240 65535", "at least 55296 ports", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "10240 65535"}, []string{"MAX_CONNS=400000"}},
 		{"net.ipv4.ip_local_reserved_ports", "none", "3128,3129", "short", `sysctls: {net.ipv4.ip_local_reserved_ports: "3128,3129"}`, files{"/proc/sys/net/ipv4/ip_local_port_range": "1024 65535"}, nil},
 		{"net.ipv4.ip_local_reserved_ports", "8080-8081", "8080-8081,40000", "short", `sysctls: {net.ipv4.ip_local_reserved_ports: "8080-8081,40000"}`,
 			files{"/proc/sys/net/ipv4/ip_local_port_range": "1024 65535", "/proc/sys/net/ipv4/ip_local_reserved_ports": "8080-8081"}, []string{"LISTEN=:8080,:40000,[::]:40000,:0", "ADMIN=off"}},
 		{"net.ipv4.ip_local_reserved_ports", "3000-4000", "3000-4000", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "1024 65535", "/proc/sys/net/ipv4/ip_local_reserved_ports": "3000-4000"}, nil},
+		{"net.ipv4.ip_local_reserved_ports", "none", "40000", "short", `sysctls: {net.ipv4.ip_local_reserved_ports: "40000"}`, // in the range that is asked for
+			files{"/proc/sys/net/ipv4/ip_local_port_range": "3000 3100"}, []string{"LISTEN=:40000"}},
+		{"net.ipv4.ip_local_reserved_ports", "none", "3128,3129", "short", `sysctls: {net.ipv4.ip_local_reserved_ports: "3128,3129"}`, // in the one that is there
+			files{"/proc/sys/net/ipv4/ip_local_port_range": "3128 3129"}, nil},
+		{"net.ipv4.ip_local_reserved_ports", "none", "any, since the range cannot be read", "ok", "", files{"/proc/sys/net/ipv4/ip_local_port_range": "gone"}, []string{"LISTEN=:40000"}},
 		{"net.ipv4.tcp_tw_reuse", "2", "1", "advice", `sysctls: {net.ipv4.tcp_tw_reuse: "1"}`, files{"/proc/sys/net/ipv4/tcp_tw_reuse": "2"}, nil},
 		{"net.ipv4.tcp_fin_timeout", "600", "at most 60", "advice", `sysctls: {net.ipv4.tcp_fin_timeout: "60"}`, files{"/proc/sys/net/ipv4/tcp_fin_timeout": "600"}, nil},
 		{"net.ipv4.tcp_keepalive_time", "9999", "any", "ok", "", files{"/proc/sys/net/ipv4/tcp_keepalive_time": "9999"}, nil},
 		{"net.ipv4.tcp_rmem", "4096 131072 262144", "a maximum of 4194304", "advice", `sysctls: {net.ipv4.tcp_rmem: "4096 131072 4194304"}`, files{"/proc/sys/net/ipv4/tcp_rmem": "4096\t131072\t262144"}, nil},
+		{"net.ipv4.tcp_wmem", "4096 16384 262144", "a maximum of 4194304", "advice", `sysctls: {net.ipv4.tcp_wmem: "4096 16384 4194304"}`, files{"/proc/sys/net/ipv4/tcp_wmem": "4096\t16384\t262144"}, nil},
 		{"net.ipv4.tcp_migrate_req", "0", "1", "advice", `sysctls: {net.ipv4.tcp_migrate_req: "1"}`, files{"/proc/sys/net/ipv4/tcp_migrate_req": "0"}, nil},
 		{"net.ipv4.tcp_congestion_control", "reno", "cubic or bbr", "advice", `sysctls: {net.ipv4.tcp_congestion_control: "cubic"}`, files{"/proc/sys/net/ipv4/tcp_congestion_control": "reno"}, nil},
-		{"net.netfilter.nf_conntrack_max", "1000", "a quarter free: 751 are taken", "short", "# on the host: sysctl -w net.netfilter.nf_conntrack_max=2000",
+		{"net.ipv4.tcp_congestion_control", "bbr", "cubic or bbr", "ok", "", files{"/proc/sys/net/ipv4/tcp_congestion_control": "bbr"}, nil},
+		{"net.ipv4.tcp_congestion_control", "reno", "cubic or bbr", "advice", `sysctls: {net.ipv4.tcp_congestion_control: "bbr"}`,
+			files{"/proc/sys/net/ipv4/tcp_congestion_control": "reno", "/proc/sys/net/ipv4/tcp_allowed_congestion_control": "reno bbr"}, nil},
+		{"net.ipv4.tcp_congestion_control", "reno", "cubic or bbr", "advice", "",
+			files{"/proc/sys/net/ipv4/tcp_congestion_control": "reno", "/proc/sys/net/ipv4/tcp_allowed_congestion_control": "gone"}, nil},
+		{"net.netfilter.nf_conntrack_max", "1000", "a quarter free: 751 are taken here", "short", "# on the host: sysctl -w net.netfilter.nf_conntrack_max=2000",
 			files{"/proc/sys/net/netfilter/nf_conntrack_max": "1000", "/proc/sys/net/netfilter/nf_conntrack_count": "751"}, nil},
-		{"net.netfilter.nf_conntrack_max", "4096", "at least 10000, a quarter free: 17 are taken", "short", "# on the host: sysctl -w net.netfilter.nf_conntrack_max=10000", files{"/proc/sys/net/netfilter/nf_conntrack_max": "4096"}, []string{"MAX_CONNS=5000"}},
+		{"net.netfilter.nf_conntrack_max", "4096", "at least 10000, a quarter free: 17 are taken here", "short", "# on the host: sysctl -w net.netfilter.nf_conntrack_max=10000", files{"/proc/sys/net/netfilter/nf_conntrack_max": "4096"}, []string{"MAX_CONNS=5000"}},
 		{"net.netfilter.nf_conntrack_max", "cannot be read: no such file or directory", "", "unknown", "", files{"/proc/sys/net/netfilter/nf_conntrack_max": "gone"}, nil},
-		{"cgroup pids.max", "30", "at least 40", "short", "pids_limit: 40", files{"/sys/fs/cgroup/pids.max": "30"}, nil},
-		{"cgroup pids.max", "20", "at least 48", "short", "pids_limit: 48", v1, nil},
+		{"cgroup pids.max", "30", "at least 40", "short", "pids_limit: 40 # or deploy.resources.limits.pids, where that is set", files{"/sys/fs/cgroup/pids.max": "30"}, nil},
+		{"cgroup pids.max", "20", "at least 48", "short", "pids_limit: 48 # or deploy.resources.limits.pids, where that is set", v1, nil},
 		{"cgroup memory.max", "256 MiB", "at least 64 MiB", "ok", "", nil, nil},
-		{"cgroup memory.max", "32 MiB", "at least 64 MiB", "short", "mem_limit: 64m", v1, nil},
-		{"cgroup memory.max", "256 MiB", "at least 329 MiB", "short", "mem_limit: 329m", nil, []string{"MAX_CONNS=5000"}},
-		{"cgroup memory.max", "256 MiB", "at least 272 MiB", "short", "mem_limit: 272m", nil, []string{"MEMORY_LIMIT=256MiB"}},
+		{"cgroup memory.max", "32 MiB", "at least 64 MiB", "short", "mem_limit: 64m # or deploy.resources.limits.memory, where that is set", v1, nil},
+		{"cgroup memory.max", "256 MiB", "at least 329 MiB", "short", "mem_limit: 329m # or deploy.resources.limits.memory, where that is set", nil, []string{"MAX_CONNS=5000"}},
+		{"cgroup memory.max", "256 MiB", "at least 272 MiB", "short", "mem_limit: 272m # or deploy.resources.limits.memory, where that is set", nil, []string{"MEMORY_LIMIT=256MiB"}},
 		{"cgroup memory.max", "no limit", "at least 64 MiB", "ok", "", files{"/sys/fs/cgroup/memory.max": "max"}, nil},
-		{"cgroup memory.max", "cannot be read: no cgroup is to be seen", "", "unknown", "", files{"/proc/self/cgroup": "0::/elsewhere", "/sys/fs/cgroup/cgroup.procs": "gone"}, nil},
+		{"cgroup memory.max", "no limit", "at least 64 MiB", "ok", "", files{"/proc/self/cgroup": "4:memory:/", "/proc/self/mountinfo": cgroup1At("/", "memory"),
+			"/sys/fs/cgroup/memory/cgroup.procs": "", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}, nil},
+		{"cgroup memory.max", "32 MiB", "at least 64 MiB", "short", "mem_limit: 64m # or deploy.resources.limits.memory, where that is set", // of a pod, above the container
+			files{"/proc/self/cgroup": "0::/pod/one", "/sys/fs/cgroup/pod/one/cgroup.procs": "", "/sys/fs/cgroup/pod/memory.max": "33554432", "/sys/fs/cgroup/pod/one/memory.max": "max"}, nil},
+		{"cgroup memory.max", "32 MiB", "at least 64 MiB", "short", "mem_limit: 64m # or deploy.resources.limits.memory, where that is set", // the host's, in a cgroup namespace
+			files{"/proc/self/cgroup": "0::/../two/one", "/proc/self/mountinfo": cgroup2At("/.."), "/sys/fs/cgroup/two/one/cgroup.procs": "", "/sys/fs/cgroup/two/memory.max": "33554432"}, nil},
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/mountinfo": cgroup2At("/../..")}, nil}, // its name there is not to be seen
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/../cgroup"}, nil},        // not /sys/fs/cgroup
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "4:memory:/a", "/proc/self/mountinfo": cgroup1At("/", "pids"), "/sys/fs/cgroup/pids/a/cgroup.procs": ""}, nil},
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/ab", "/proc/self/mountinfo": cgroup2At("/a")}, nil},
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/elsewhere"}, nil},
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/mountinfo": ""}, nil},
+		{"cgroup memory.max", unseen, "", "unknown", "", files{"/proc/self/cgroup": "0::/\n4:memory:/a"}, nil}, // version 2 has other controllers
+		{"cgroup memory.max", "cannot be read: is a directory", "", "unknown", "",
+			files{"/proc/self/cgroup": "0::/odd", "/sys/fs/cgroup/odd/cgroup.procs": "", "/sys/fs/cgroup/odd/memory.max/x": ""}, nil},
+		{"cgroup cpu.max", "cannot be read: is a directory", "", "unknown", "",
+			files{"/proc/self/cgroup": "0::/odd", "/sys/fs/cgroup/odd/cgroup.procs": "", "/sys/fs/cgroup/odd/cpu.max/x": ""}, nil},
 		{"cgroup cpu.max", "0.5 CPUs, GOMAXPROCS 2", "GOMAXPROCS at most 2", "ok", "", files{"/sys/fs/cgroup/cpu.max": "50000 100000"}, nil},
+		{"cgroup cpu.max", "0.5 CPUs, GOMAXPROCS 2", "GOMAXPROCS at most 2", "ok", "", // less than its pod's
+			files{"/proc/self/cgroup": "0::/pod/one", "/sys/fs/cgroup/pod/one/cgroup.procs": "", "/sys/fs/cgroup/pod/one/cpu.max": "50000 100000", "/sys/fs/cgroup/pod/cpu.max": "400000 100000"}, nil},
 		{"cgroup cpu.max", "0.5 CPUs, GOMAXPROCS 4", "GOMAXPROCS at most 2", "short", `environment: {GOMAXPROCS: "2"}`, files{"/sys/fs/cgroup/cpu.max": "50000 100000", "GOMAXPROCS": "4"}, nil},
 		{"cgroup cpu.max", "2.5 CPUs, GOMAXPROCS 4", "GOMAXPROCS at most 3", "short", `environment: {GOMAXPROCS: "3"}`, v1, nil},
 	} {
@@ -1332,13 +1385,42 @@ func TestKernelSettings(t *testing.T) {
 			t.Errorf("%s, %s: the log says %v", c.setting, c.verdict, log.records(t))
 		}
 	}
+	for change, files := range map[string]files{"here, by SLUICE_TUNE=apply": nil, "here, by SLUICE_TUNE=apply, for the whole host": hostNetwork} {
+		write(kernelFiles)
+		write(files)
+		if all, _ = tuned(t); all["net.ipv4.tcp_tw_reuse"].Change != change || all["net.netfilter.nf_conntrack_max"].Change != "host" {
+			t.Errorf("%+v", all)
+		}
+	}
 	if out, err := exec.Command("ip", "-6", "route", "replace", "unreachable", "default").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	exec.Command("ip", "-6", "route", "del", "default", "dev", "eth0").Run()
+	if out, err := exec.Command("ip", "-6", "route", "add", "::/1", "dev", "eth0").CombinedOutput(); err != nil { // not the default one
+		t.Fatalf("%v: %s", err, out)
+	}
 	all, _ = tuned(t)
 	if f := all["IPv6 route"]; f.Found != "none" || f.Verdict != verdictAdvice || !strings.Contains(f.Mend, "enable_ipv6") {
 		t.Errorf("%+v", f)
+	}
+}
+
+// TestMending: what is printed is a file that Compose takes, whatever there is to mend.
+func TestMending(t *testing.T) {
+	short := func(mend string) finding { return finding{Verdict: verdictShort, Mend: mend} }
+	advice := func(mend string) finding { return finding{Verdict: verdictAdvice, Mend: mend} }
+	for _, c := range []struct {
+		findings []finding
+		want     string
+	}{
+		{[]finding{{Verdict: verdictOK}}, ""},
+		{[]finding{short("# on the host: x"), advice("# on the host: y")}, "\n# on the host: x\n# on the host: y\n"},
+		{[]finding{short("sysctls: {a: \"1\"}"), short("# on the host: x"), short("pids_limit: 40"), advice("sysctls: {b: \"1 2\"}"), short("sysctls: {c: \"3\"}"), advice("mem_limit: 64m")},
+			"\n# compose.override.yaml\nservices:\n  proxy:\n    sysctls:\n      a: \"1\"\n      b: \"1 2\" # advice\n      c: \"3\"\n    pids_limit: 40\n    mem_limit: 64m # advice\n\n# on the host: x\n"},
+	} {
+		var out strings.Builder
+		if printMending(c.findings, &out); out.String() != c.want {
+			t.Errorf("%v: %q, want %q", c.findings, out.String(), c.want)
+		}
 	}
 }
 
@@ -1346,16 +1428,26 @@ func TestKernelSettings(t *testing.T) {
 // stays short and says why.
 func TestTuneApply(t *testing.T) {
 	binary := buildBinary(t)
-	if !inNamespace(t, "-mn", "ip link set lo up && echo 128 >/proc/sys/net/core/somaxconn && echo 0 >/proc/sys/net/ipv4/tcp_migrate_req && echo 3000 3300 >/proc/sys/net/ipv4/ip_local_port_range && "+
+	var list []string // longer than what os.ReadFile reads first
+	for port := 20001; port < 21000; port += 2 {
+		list = append(list, strconv.Itoa(port))
+	}
+	reserved := strings.Join(list, ",")
+	if !inNamespace(t, "-mn", "ip link set lo up && echo "+reserved+" >/proc/sys/net/ipv4/ip_local_reserved_ports && echo 128 >/proc/sys/net/core/somaxconn && echo 0 >/proc/sys/net/ipv4/tcp_migrate_req && echo 3000 3300 >/proc/sys/net/ipv4/ip_local_port_range && "+
 		"echo 4096 65536 65536 >/proc/sys/net/ipv4/tcp_rmem && mount --bind /proc/sys/net/ipv4/tcp_rmem /proc/sys/net/ipv4/tcp_rmem && mount -o remount,ro,bind /proc/sys/net/ipv4/tcp_rmem") {
 		return
+	}
+	report := exec.Command(binary, "tune") // writes nothing
+	report.Env = prefixed("TUNE=apply")
+	if out, _ := report.Output(); !regexp.MustCompile(`(?m)^net.core.somaxconn +128 +at least 4096 +short `).Match(out) || report.ProcessState.ExitCode() != 1 {
+		t.Errorf("%s", out)
 	}
 	p := startProcess(t, binary, "TUNE=apply", "LISTEN=127.0.0.1:31280") // a process: Go asks for somaxconn once
 	if p.start["backlog"] != 4096.0 {
 		t.Errorf("%v", p.start)
 	}
 	written := map[string][3]string{"net.core.somaxconn": {"128", "4096", "at least 4096"}, "net.ipv4.tcp_migrate_req": {"0", "1", "1"},
-		"net.ipv4.ip_local_port_range": {"3000 3300", "10240 65535", "at least 28000 ports"}, "net.ipv4.ip_local_reserved_ports": {"none", "31280", "31280"}}
+		"net.ipv4.ip_local_port_range": {"3000 3300", "10240 65535", "at least 28000 ports"}, "net.ipv4.ip_local_reserved_ports": {reserved, reserved + ",31280", reserved + ",31280"}}
 	early := &logSink{}
 	early.Write([]byte(p.early))
 	for _, r := range early.records(t) {
@@ -1369,7 +1461,8 @@ func TestTuneApply(t *testing.T) {
 	if len(written) > 0 {
 		t.Errorf("not told of: %v", written)
 	}
-	value, _ := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	const sysctl = "/proc/sys/net/ipv4/"
+	value, _ := os.ReadFile(sysctl + "ip_local_port_range")
 	if strings.Join(strings.Fields(string(value)), " ") != "10240 65535" {
 		t.Errorf("the range is %q", value)
 	}
@@ -1378,10 +1471,28 @@ func TestTuneApply(t *testing.T) {
 		t.Fatal(body)
 	}
 	for _, f := range s.Kernel {
-		if f.Setting == "net.ipv4.tcp_rmem" && (f.Verdict != verdictAdvice || f.Before != "" || !strings.HasSuffix(f.Change, "cannot be written: read-only file system")) ||
+		if f.Setting == "net.ipv4.tcp_rmem" && (f.Verdict != verdictAdvice || f.Before != "" || f.Change != "sysctls of the container, since it cannot be written: read-only file system") ||
 			f.Setting == "net.core.somaxconn" && (f.Verdict != verdictOK || f.Before != "128") {
 			t.Errorf("%+v", f)
 		}
+	}
+	err := os.WriteFile(sysctl+"ip_local_port_range", []byte("30000 30300"), 0o644)
+	if err = errors.Join(err, os.WriteFile(sysctl+"ip_unprivileged_port_start", []byte("20000"), 0o644)); err != nil { // no range may begin below
+		t.Fatal(err)
+	}
+	found, log := tuned(t, "TUNE=apply")
+	if f := found["net.ipv4.ip_local_port_range"]; f.Found != "30000 30300" || f.Verdict != verdictShort || f.Before != "" ||
+		f.Change != "sysctls of the container, since it cannot be written: invalid argument" || f.Mend == "" {
+		t.Errorf("%+v", f)
+	}
+	refused := map[string]string{}
+	for _, r := range log.records(t) {
+		if r["msg"] == "kernel setting cannot be written" {
+			refused[r["setting"].(string)] = r[logMessage].(string)
+		}
+	}
+	if want := map[string]string{"net.ipv4.ip_local_port_range": "invalid argument", "net.ipv4.tcp_rmem": "read-only file system"}; !maps.Equal(refused, want) {
+		t.Errorf("%v, want %v", refused, want)
 	}
 }
 
@@ -1416,6 +1527,21 @@ func TestTuneUnprivileged(t *testing.T) {
 	}
 	if !strings.HasPrefix(mending, "services:\n  proxy:\n    ulimits:\n      nofile: 2359\n") {
 		t.Errorf("%s", mending)
+	}
+	out, status = run("true", newAuthority(t).vars("HTTP3=true")...) // buffers are told as a socket is given them
+	for _, name := range []string{"net.core.rmem_max", "net.core.wmem_max"} {
+		value, err := os.ReadFile("/proc/sys/" + strings.ReplaceAll(name, ".", "/"))
+		if err != nil { // a namespace of an older kernel
+			continue
+		}
+		most, _ := strconv.Atoi(strings.TrimSpace(string(value)))
+		want := fmt.Sprintf(`(?m)^%s +%d +at least 7340032 +ok `, name, most)
+		if most < 7<<20 {
+			want = fmt.Sprintf(`(?ms)^%s +%d +at least 7340032 +short .*^# on the host: sysctl -w %s=7340032$`, name, most, name)
+		}
+		if !regexp.MustCompile(want).MatchString(out) || most < 7<<20 && status != 1 {
+			t.Errorf("status %d, %s is %d: %s", status, name, most, out)
+		}
 	}
 	if out, status = run("true", "MAX_CONNS=many"); status != 2 || !strings.Contains(out, "SLUICE_MAX_CONNS") {
 		t.Errorf("status %d: %s", status, out)

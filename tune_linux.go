@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"math"
 	"net"
@@ -1584,7 +1585,7 @@ func (s *sockets) close() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernel settings
 
-// maxFiles is the most descriptors asked for: some container engines set a limit of a billion, and what is sized by it
+// maxFiles is the most descriptors taken unasked: some container engines set a limit of a billion, and what is sized by it
 // follows.
 const maxFiles = 1 << 20
 
@@ -1597,7 +1598,9 @@ const usualConns = 1000
 // system is what checks judge by.
 type system struct {
 	cfg         *config
-	files, cpus int // in force: the descriptor limit, GOMAXPROCS
+	log         *slog.Logger // is told what was written
+	files, cpus int          // in force: the descriptor limit, GOMAXPROCS
+	shared      bool         // the network is the host's
 }
 
 // place is where a setting is changed. What is the network namespace's own is changed when the container is made, or from within where that may write.
@@ -1639,16 +1642,16 @@ func checks() []check {
 	const quic = "HTTP/3: quic-go asks for 7 MiB, since bursts that find less room are lost (its wiki, UDP Buffer Sizes)"
 	return []check{
 		{"RLIMIT_NOFILE", byContainer, "ulimits: {nofile: %s}", (*system).readFiles, (*system).judgeFiles,
-			"a client and its origin take a descriptor each, and an eighth of all is for pipes"},
-		{"fs.nr_open", byHost, "", nil, (*system).judgeFiles, "RLIMIT_NOFILE cannot be above it (getrlimit(2))"},
-		{"fs.file-max", byHost, "", nil, (*system).judgeFiles, "all processes of the machine have no more together (proc_sys_fs(5))"},
+			"a client and its origin take a descriptor each, and an eighth of all is for pipes. A rootless engine gives no more than its own hard limit"},
+		{"fs.nr_open", byHost, "", nil, (*system).judgeAllFiles, "RLIMIT_NOFILE cannot be above it (getrlimit(2))"},
+		{"fs.file-max", byHost, "", nil, (*system).judgeAllFiles, "all processes of the machine have no more together (proc_sys_fs(5))"},
 		{"fs.pipe-user-pages-soft", byHost, "", nil, judgePipes, "pipes carry tunnels: beyond it those of a user id, in all containers together, hold a page or two each (pipe(7))"},
 		{"net.core.somaxconn", byNamespace, "", nil, (*system).judgeBacklog,
 			"it is the backlog of each listener. Connections that find it full try again after 1 s: of 1,000 at once 871 did with 128, none with 4096"},
 		{"net.ipv4.tcp_syncookies", byNamespace, "", nil, least(1), "without them a flood of SYNs keeps clients out (RFC 4987, 3.6)"},
 		{"net.ipv4.tcp_max_syn_backlog", byNamespace, "", nil, (*system).judgeHandshakes, "it bounds handshakes under way where SYN cookies are off, and only there (tcp_conn_request in tcp_input.c)"},
 		{"net.ipv4.ip_local_port_range", byNamespace, "", nil, (*system).judgePorts, "each connection to one address and port of an origin takes a port"},
-		{"net.ipv4.ip_local_reserved_ports", byNamespace, "", nil, (*system).judgeReserved,
+		{"net.ipv4.ip_local_reserved_ports", byNamespace, "", readReserved, (*system).judgeReserved,
 			"a connection to an origin is given any other port of ip_local_port_range, and while it lasts nothing can listen there: a start fails with EADDRINUSE"},
 		{"net.ipv4.tcp_tw_reuse", byNamespace, "", nil, advised("1"),
 			"a port stays taken for 60 s after a connection that Sluice has ended first. With 1 another may have it after 1 s, with 2 on loopback alone (ip-sysctl.rst): so 100 ports bear 400 connections in 4 s, else 100"},
@@ -1662,11 +1665,11 @@ func checks() []check {
 		{"net.core.wmem_max", byHost, "", readSend, (*system).judgeDatagrams, quic},
 		{"net.ipv4.tcp_migrate_req", byNamespace, "", nil, advised("1"),
 			"for restarts: connections that wait at a listener that closes go to the process that takes over (ip-sysctl.rst): 7,000 restarts lost 2 of 1.2 million requests"},
-		{"net.ipv4.tcp_congestion_control", byNamespace, "", nil, judgeCongestion, "for what is sent to origins: cubic is the standard (RFC 9438), bbr slows down less where packets get lost"},
-		{"net.netfilter.nf_conntrack_max", byHost, "", nil, (*system).judgeTracking, "where connections are tracked, each takes an entry on either side, and with none left packets are dropped (nf_conntrack-sysctl.rst)"},
-		{"cgroup pids.max", byContainer, "pids_limit: %s", readThreads, (*system).judgeThreads,
+		{"net.ipv4.tcp_congestion_control", byNamespace, "", nil, judgeCongestion, "for what is sent to origins: cubic is the standard (RFC 9438), bbr slows down less where packets get lost. Here those of tcp_allowed_congestion_control can be set"},
+		{"net.netfilter.nf_conntrack_max", byHost, "", nil, (*system).judgeTracking, "where connections are tracked, each takes an entry on either side, and with none left packets are dropped (nf_conntrack_core.c). Entries are counted per network: those of the host show there"},
+		{"cgroup pids.max", byContainer, "pids_limit: %s # or deploy.resources.limits.pids, where that is set", readThreads, (*system).judgeThreads,
 			"on two CPUs 7 threads serve, and `sluice health` needs its own; where one cannot be made the process ends"},
-		{"cgroup memory.max", byContainer, "mem_limit: %s", readMemory, (*system).judgeMemory, "64 MiB bear floods of clients, a test shows; a busy connection takes up to 64 KiB"},
+		{"cgroup memory.max", byContainer, "mem_limit: %s # or deploy.resources.limits.memory, where that is set", readMemory, (*system).judgeMemory, "64 MiB bear floods of clients, a test shows; a busy connection takes up to 64 KiB"},
 		{"cgroup cpu.max", byEnvironment, "environment: {GOMAXPROCS: %q}", (*system).readCPU, (*system).judgeCPU,
 			"threads beyond the quota use it up early, and all wait for the next period (sched-bwc.rst). Go keeps to it, with two at least, unless GOMAXPROCS is set"},
 		{"IPv6 route", byHost, "# on the host: %s", readRoute, judgeRoute, "origins that have no IPv4 address are out of reach without one"},
@@ -1681,22 +1684,46 @@ func (k *system) examine(apply bool) (all []finding) {
 		}
 		f, value := k.look(&c)
 		if apply && c.where == byNamespace && value != "" {
-			before := f.Found
-			err := os.WriteFile(sysctlFile(c.setting), []byte(value), 0o644)
-			if f, _ = k.look(&c); err == nil {
-				f.Before = before
-			} else {
-				f.Change += ", since it cannot be written: " + cause(err)
-			}
+			f = k.write(&c, f.Found, value)
 		}
 		all = append(all, f)
 	}
 	return all
 }
 
+// write sets what was found to be before, and looks again. Change tells who is left to change it when it may not.
+func (k *system) write(c *check, before, value string) finding {
+	err := os.WriteFile(sysctlFile(c.setting), []byte(value), 0o644)
+	f, _ := k.look(c)
+	about := []any{"setting", f.Setting, "before", before, "found", f.Found, "wanted", f.Wanted}
+	if err != nil {
+		f.Change = string(k.place(c)) + ", since it cannot be written: " + cause(err)
+		k.log.Info("kernel setting cannot be written", append(about, logMessage, cause(err))...)
+		return f
+	}
+	f.Before = before
+	k.log.Info("kernel setting written", about...)
+	return f
+}
+
+// hasHostNetwork reports whether this is the initial network namespace, which alone shows some settings (sysctl_net_core.c). There an engine
+// takes no sysctls of the network: a container that asks for them does not start.
+func hasHostNetwork() bool {
+	_, err := os.Stat(sysctlFile("net.core.netdev_max_backlog"))
+	return err == nil
+}
+
+// place is where a setting is changed.
+func (k *system) place(c *check) place {
+	if c.where == byNamespace && k.shared {
+		return byHost
+	}
+	return c.where
+}
+
 // look reads a setting and judges it. What is to be set is empty where it is as wanted or could not be read.
 func (k *system) look(c *check) (f finding, value string) {
-	f = finding{Setting: c.setting, Change: string(c.where), Why: c.why}
+	f = finding{Setting: c.setting, Change: string(k.place(c)), Why: c.why}
 	found, err := c.read(k)
 	if err != nil {
 		f.Found, f.Verdict = "cannot be read: "+cause(err), verdictUnknown
@@ -1704,15 +1731,20 @@ func (k *system) look(c *check) (f finding, value string) {
 	}
 	d := c.judge(k, found)
 	f.Found, f.Wanted, f.Verdict = cmp.Or(found, "none"), d.wanted, d.verdict
-	if c.where == byNamespace && unix.Access(sysctlFile(c.setting), unix.W_OK) == nil {
+	if c.where == byNamespace && unix.Faccessat(unix.AT_FDCWD, sysctlFile(c.setting), unix.W_OK, unix.AT_EACCESS) == nil {
 		f.Change = "here, by SLUICE_TUNE=apply"
+		if k.place(c) == byHost {
+			f.Change += ", for the whole host"
+		}
 	}
 	switch {
 	case d.value == "":
 	case c.mend != "":
 		f.Mend = fmt.Sprintf(c.mend, d.value)
-	case c.where == byNamespace:
+	case k.place(c) == byNamespace:
 		f.Mend = fmt.Sprintf("sysctls: {%s: %q}", c.setting, d.value)
+	case strings.Contains(d.value, " "):
+		f.Mend = fmt.Sprintf("# on the host: sysctl -w %s=%q", c.setting, d.value)
 	default:
 		f.Mend = fmt.Sprintf("# on the host: sysctl -w %s=%s", c.setting, d.value)
 	}
@@ -1763,16 +1795,24 @@ func advised(value string) func(*system, string) demand {
 func (k *system) readFiles() (string, error) { return strconv.Itoa(k.files), nil }
 
 // filesWanted is what connLimit makes MAX_CONNS of, and not less than NOFILE.
-func (k *system) filesWanted() int64 {
-	n := int64(k.cfg.MaxConns)
-	if n == 0 && k.cfg.NOFILE == 0 {
+func filesWanted(cfg *config) int64 {
+	n := int64(cfg.MaxConns)
+	if n == 0 && cfg.NOFILE == 0 {
 		n = usualConns
 	}
-	return max(int64(k.cfg.NOFILE), (2*n+64)*8/7+1)
+	return max(int64(cfg.NOFILE), (2*n+64)*8/7+1)
 }
 
-// judgeFiles judges the limits that have RLIMIT_NOFILE in them, too.
-func (k *system) judgeFiles(found string) demand { return least(k.filesWanted())(k, found) }
+func (k *system) judgeAllFiles(found string) demand { return least(filesWanted(k.cfg))(k, found) }
+
+// judgeFiles asks for nothing above fs.nr_open: with a higher limit a container does not start.
+func (k *system) judgeFiles(found string) demand {
+	d := k.judgeAllFiles(found)
+	if most, err := readSysctl("fs.nr_open"); err == nil && number(most, 0) < filesWanted(k.cfg) {
+		d.value = ""
+	}
+	return d
+}
 
 // judgePipes wants the kernel's default: the pipes of sockets.large take half of it. 0 = no limit.
 func judgePipes(_ *system, found string) demand {
@@ -1797,17 +1837,36 @@ func (k *system) judgePorts(found string) demand {
 	return demanded(number(found, 1)-number(found, 0)+1 >= need, verdictShort, fmt.Sprintf("at least %d ports", need), "10240 65535")
 }
 
-// judgeReserved wants the ports that are listened on to be kept out of ip_local_port_range.
+// readReserved reads with a buffer for a list of every other port: the kernel tells what one read has room for and no more
+// (proc_do_large_bitmap in sysctl.c). What is written replaces the list, so a part of it would not do.
+func readReserved(*system) (string, error) {
+	file, err := os.Open(sysctlFile("net.ipv4.ip_local_reserved_ports"))
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	b := make([]byte, 256<<10)
+	n, err := file.Read(b)
+	if err == io.EOF {
+		err = nil
+	}
+	return strings.TrimSpace(string(b[:n])), err
+}
+
+// judgeReserved wants the ports that are listened on to be kept out of ip_local_port_range, of the one that judgePorts asks for, too: what
+// mends one setting is not to let another fall short.
 func (k *system) judgeReserved(found string) demand {
 	var reserved portSet
 	reserved.UnmarshalText([]byte(found))
 	given, err := readSysctl("net.ipv4.ip_local_port_range")
+	asked := cmp.Or(k.judgePorts(given).value, given)
 	ports := strings.FieldsFunc(found, func(r rune) bool { return r == ',' })
 	there := len(ports)
 	for _, addr := range append(slices.Clone(k.cfg.Listen), k.cfg.Admin) {
 		_, port, _ := net.SplitHostPort(addr)
 		p, _ := strconv.ParseUint(port, 10, 16)
-		if p > 0 && int64(p) >= number(given, 0) && int64(p) <= number(given, 1) && !reserved.has(uint16(p)) && !slices.Contains(ports, port) {
+		ranged := inRange(int64(p), given) || inRange(int64(p), asked)
+		if p > 0 && err == nil && ranged && !reserved.has(uint16(p)) && !slices.Contains(ports, port) {
 			ports = append(ports, port)
 		}
 	}
@@ -1819,6 +1878,8 @@ func (k *system) judgeReserved(found string) demand {
 	}
 	return demanded(len(ports) == there, verdictShort, wanted, wanted)
 }
+
+func inRange(n int64, ends string) bool { return number(ends, 0) <= n && n <= number(ends, 1) }
 
 func judgeOrphans(_ *system, found string) demand {
 	return demanded(number(found, 0) <= 60, verdictAdvice, "at most 60", 60)
@@ -1851,8 +1912,15 @@ func (k *system) judgeDatagrams(found string) demand {
 	return least(7<<20)(k, found)
 }
 
+// judgeCongestion asks for what a namespace may set: anything else is EPERM outside the initial one since 5.13 (tcp_cong.c), and keeps a
+// container from starting. Before 5.7 a namespace does not show what it may.
 func judgeCongestion(_ *system, found string) demand {
-	return demanded(found == "cubic" || found == "bbr", verdictAdvice, "cubic or bbr", "cubic")
+	good, value := []string{"cubic", "bbr"}, ""
+	allowed, _ := readSysctl("net.ipv4.tcp_allowed_congestion_control")
+	if i := slices.IndexFunc(good, func(name string) bool { return slices.Contains(strings.Fields(allowed), name) }); i >= 0 {
+		value = good[i]
+	}
+	return demanded(slices.Contains(good, found), verdictAdvice, "cubic or bbr", value)
 }
 
 // judgeTracking wants an entry on either side for each client, and a quarter of all free. 0 = no limit.
@@ -1864,7 +1932,7 @@ func (k *system) judgeTracking(found string) demand {
 		wanted = fmt.Sprintf("at least %d, %s", need, wanted)
 	}
 	if err == nil {
-		wanted += ": " + count + " are taken"
+		wanted += ": " + count + " are taken here"
 	}
 	return demanded(most == 0 || most >= need && number(count, 0) <= most/4*3, verdictShort, wanted, 2*max(most, need/2))
 }
@@ -1916,10 +1984,10 @@ func (k *system) judgeCPU(string) demand {
 
 // readRoute looks for a default route: destination ::/0, up, not one that rejects.
 func readRoute(*system) (string, error) {
-	text, err := os.ReadFile("/proc/net/ipv6_route")
+	text, err := os.ReadFile("/proc/self/net/ipv6_route") // as /proc/net, which not every container shows
 	for line := range strings.Lines(string(text)) {
 		f := strings.Fields(line)
-		if len(f) == 10 && f[0] == strings.Repeat("0", 32) && f[1] == "00" {
+		if len(f) == 10 && f[1] == "00" { // the length of its prefix
 			if flags, err := strconv.ParseUint(f[8], 16, 32); err == nil && flags&unix.RTF_UP != 0 && flags&unix.RTF_REJECT == 0 {
 				return "by " + f[9], nil
 			}
@@ -1934,17 +2002,14 @@ func judgeRoute(_ *system, found string) demand {
 
 // tuneKernel raises the descriptor limit, sets the heap's, and examines the kernel's settings.
 func tuneKernel(cfg *config, log *slog.Logger) []finding {
-	raiseFiles(cfg.NOFILE)
+	raiseFiles(cfg)
 	limitMemory(int64(cfg.MemoryLimit))
 	if cfg.Tune == "off" {
 		return nil
 	}
-	k := system{cfg, openFiles(), runtime.GOMAXPROCS(0)}
+	k := system{cfg, log, openFiles(), runtime.GOMAXPROCS(0), hasHostNetwork()}
 	findings := k.examine(cfg.Tune == "apply")
 	for _, f := range findings {
-		if f.Before != "" {
-			log.Info("kernel setting written", "setting", f.Setting, "before", f.Before, "found", f.Found, "wanted", f.Wanted)
-		}
 		about := []any{"setting", f.Setting, "found", f.Found, "wanted", f.Wanted, "verdict", f.Verdict, "why", f.Why, "change", f.Change, "mend", f.Mend}
 		if f.Verdict == verdictShort {
 			log.Warn("kernel setting falls short", about...)
@@ -1955,14 +2020,14 @@ func tuneKernel(cfg *config, log *slog.Logger) []finding {
 	return findings
 }
 
-// raiseFiles sets the descriptor limit to want, as far as the hard limit and CAP_SYS_RESOURCE go, or where want is 0 to the hard limit.
-func raiseFiles(want int) {
+// raiseFiles sets the descriptor limit to NOFILE, as far as the hard limit and CAP_SYS_RESOURCE go, or where that is 0 to the hard limit.
+func raiseFiles(cfg *config) {
 	var limit unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
 		return
 	}
-	asked := uint64(cmp.Or(want, maxFiles))
-	if want > 0 && asked > limit.Max && unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: asked, Max: asked}) == nil {
+	asked := uint64(cmp.Or(int64(cfg.NOFILE), max(maxFiles, filesWanted(cfg))))
+	if cfg.NOFILE > 0 && asked > limit.Max && unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: asked, Max: asked}) == nil {
 		return
 	}
 	limit.Cur = min(limit.Max, asked)
@@ -1972,7 +2037,7 @@ func raiseFiles(want int) {
 func openFiles() int {
 	var limit unix.Rlimit
 	unix.Getrlimit(unix.RLIMIT_NOFILE, &limit)
-	return int(min(limit.Cur, maxFiles))
+	return int(min(limit.Cur, math.MaxInt32)) // no more than maxFiles, unless SLUICE_NOFILE or SLUICE_MAX_CONNS asks for them
 }
 
 // reservedMemory is what of a container's memory is for the program's text and what the kernel needs. With a tenth for these, floods of
@@ -1999,7 +2064,10 @@ func cgroupLimit(controller string, files ...string) (least int64, err error) {
 	dirs, err := cgroups(controller)
 	for _, dir := range dirs {
 		for _, file := range files {
-			value, _ := readSetting(path.Join(dir, file))
+			value, bad := readSetting(path.Join(dir, file))
+			if bad != nil && !errors.Is(bad, fs.ErrNotExist) { // where there is no file there is no limit
+				err = bad
+			}
 			if n := number(value, 0); n > 0 && n < 1<<60 && (least == 0 || n < least) { // version 1 says "no limit" with a number near 1<<63
 				least = n
 			}
@@ -2012,8 +2080,10 @@ func cgroupLimit(controller string, files ...string) (least int64, err error) {
 func cgroupQuota() (least float64, err error) {
 	dirs, err := cgroups("cpu")
 	for _, dir := range dirs {
-		value, err := readSetting(path.Join(dir, "cpu.max"))
-		if err != nil {
+		value, bad := readSetting(path.Join(dir, "cpu.max"))
+		if bad != nil && !errors.Is(bad, fs.ErrNotExist) {
+			err = bad
+		} else if bad != nil {
 			most, _ := readSetting(path.Join(dir, "cpu.cfs_quota_us"))
 			period, _ := readSetting(path.Join(dir, "cpu.cfs_period_us"))
 			value = most + " " + period
@@ -2025,29 +2095,38 @@ func cgroupQuota() (least float64, err error) {
 	return least, err
 }
 
-// cgroups are the folders of this process's cgroup and those above it, as far as they can be seen: in a container the own one is usually
-// seen as the root.
+// cgroups are the folders of this process's cgroup and those above it, as far as they can be seen. In a container the own one is usually seen
+// as the root, and with version 1 under a path that only the host has; a mount of the host's there shows another cgroup as the root. So the
+// folder is where a mount's root (mountinfo, proc_pid_mountinfo(5)) begins the path of the cgroup.
 func cgroups(controller string) (dirs []string, err error) {
 	text, err := os.ReadFile("/proc/self/cgroup")
+	mounts, bad := os.ReadFile("/proc/self/mountinfo")
+	var own, kind string // a controller that has a hierarchy of version 1 is in no other (cgroups(7))
 	for line := range strings.Lines(string(text)) {
 		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		if len(parts) != 3 || parts[1] != "" && !slices.Contains(strings.Split(parts[1], ","), controller) {
+		if len(parts) != 3 {
 			continue
-		}
-		root := "/sys/fs/cgroup"
-		if parts[1] != "" { // version 1
-			root += "/" + controller
-		}
-		for dir := parts[2]; dir != "."; dir = path.Dir(dir) {
-			if _, err := os.Stat(path.Join(root, dir, "cgroup.procs")); err == nil {
-				dirs = append(dirs, path.Join(root, dir))
-			}
-			if dir == "/" {
-				break
-			}
+		} else if slices.Contains(strings.Split(parts[1], ","), controller) {
+			own, kind = parts[2], "cgroup"
+		} else if parts[1] == "" && kind == "" {
+			own, kind = parts[2], "cgroup2"
 		}
 	}
-	if err == nil && dirs == nil {
+	for mount := range strings.Lines(string(mounts)) {
+		before, after, _ := strings.Cut(mount, " - ")
+		at, of := strings.Fields(before), strings.Fields(after)
+		if len(at) < 5 || len(of) < 3 || of[0] != kind || kind == "cgroup" && !slices.Contains(strings.Split(of[2], ","), controller) {
+			continue
+		}
+		below, ok := strings.CutPrefix(own+"/", strings.TrimSuffix(at[3], "/")+"/")
+		if _, err := os.Stat(path.Join(at[4], below, "cgroup.procs")); !ok || err != nil || strings.HasPrefix(below, "../") {
+			continue
+		}
+		for dir := path.Join(at[4], below); len(dir) >= len(at[4]) && dir != "/"; dir = path.Dir(dir) {
+			dirs = append(dirs, dir)
+		}
+	}
+	if err = cmp.Or(err, bad); err == nil && dirs == nil {
 		err = errors.New("no cgroup is to be seen")
 	}
 	return dirs, err
