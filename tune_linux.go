@@ -452,19 +452,21 @@ func bytesAcked(raw syscall.RawConn) (n uint64) {
 type wireIO struct {
 	fd       int         // while its use is safe without a lock: within answered and served; else 0
 	asking   []byte      // what ask has not sent yet
-	err      error       // of the last call of answered or served
+	err      error       // of the last call of answered, filled or served
 	alarm    *time.Timer // ends a parked client's idleness; nil = none
 	writing  [3][]byte   // what write has not sent yet; this and writeErr are owned by whoever writes
 	writeErr error       // of the last call of written
 
-	answered, served, written func(uintptr) bool // stored since a method value would be allocated at each wait
+	answered, filled, served, written func(uintptr) bool // stored since a method value would be allocated at each wait
 
 	mu    sync.Mutex
 	until time.Time // when the wait for bytes is to end; zero = never; guarded by mu
 	timer time.Time // when the timer fires; zero = never; guarded by mu
 }
 
-func (o *wireIO) prepare(w *wire) { o.answered, o.written = w.readAnswer, w.writeNow }
+func (o *wireIO) prepare(w *wire) {
+	o.answered, o.filled, o.written = w.readAnswer, w.readRest, w.writeNow
+}
 
 func (w *wire) readWithin(now time.Time, limit time.Duration) {
 	o := &w.io
@@ -496,14 +498,46 @@ func (w *wire) firedEarly() bool {
 func (w *wire) fill() error {
 	for {
 		w.makeRoom()
-		n, err := w.tcp.Read(w.buf[w.w:])
-		if w.w += n; n > 0 {
+		had := w.w
+		err := w.readSome()
+		if w.w > had {
 			return nil
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) || w.coded || !w.firedEarly() {
 			return err
 		}
 	}
+}
+
+func (w *wire) readSome() error {
+	if !w.coded && w.raw != nil {
+		return cmp.Or(w.raw.Read(w.io.filled), w.io.err)
+	}
+	n, err := w.tcp.Read(w.buf[w.w:])
+	w.w += n
+	return err
+}
+
+// readRest reads what is here of a message that is not whole. When that is nothing it acknowledges what came before at once: a peer
+// that does not set TCP_NODELAY and sends head and body apart holds the body back until then (Nagle), and the kernel waits 40 ms for an
+// answer to send the acknowledgement with. Measured for a POST, and for a GET of Python's http.server: 44 ms without this, 0.2 ms with it.
+// It is set each time since it lasts until something is sent (tcp(7): TCP_QUICKACK), and not where a message begins: the answer is near.
+func (w *wire) readRest(fd uintptr) bool {
+	n, err := receiveNow(int(fd), w.buf[w.w:])
+	if w.io.err = err; err == unix.EAGAIN {
+		acknowledge(fd)
+		return false
+	} else if err == nil && n == 0 {
+		w.io.err = io.EOF
+	}
+	w.w += n
+	return true
+}
+
+// acknowledge is setsockopt(2), raw, as sendNow is. Should it fail, the kernel takes its time.
+func acknowledge(fd uintptr) {
+	now := int32(1)
+	unix.RawSyscall6(unix.SYS_SETSOCKOPT, fd, unix.IPPROTO_TCP, unix.TCP_QUICKACK, uintptr(unsafe.Pointer(&now)), unsafe.Sizeof(now), 0)
 }
 
 func (w *wire) write(limit time.Duration, a, b, c []byte) error {
