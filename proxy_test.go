@@ -5159,6 +5159,57 @@ func TestRequestsByChance(t *testing.T) {
 	all.Wait()
 }
 
+// TestPiecesAreAcknowledged: a peer that has not set TCP_NODELAY holds the rest of a message back until its beginning is acknowledged
+// (Nagle's algorithm), and the kernel holds an acknowledgement back for 40 ms, at least, while an answer may be near to send it with.
+// Even the quickest of many exchanges would take that long.
+func TestPiecesAreAcknowledged(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("elsewhere the system decides when it acknowledges")
+	}
+	p := startProxy(t)
+	post := []string{"POST http://{o}/ HTTP/1.1\r\nHost: {o}\r\nContent-Length: 5\r\n\r\n", "hello"}
+	for name, pieces := range map[string]struct{ request, answer []string }{
+		"body of a request":   {post, []string{plainAnswer}},
+		"head of a request":   {[]string{"GET http://{o}/ HTTP/1.1\r\n", "Host: {o}\r\n\r\n"}, []string{plainAnswer}},
+		"body of a response":  {[]string{plainRequest}, []string{strings.TrimSuffix(plainAnswer, "hi"), "hi"}},
+		"head of a response":  {[]string{plainRequest}, []string{"HTTP/1.1 200 OK\r\n", strings.TrimPrefix(plainAnswer, "HTTP/1.1 200 OK\r\n")}},
+		"chunk of a response": {[]string{plainRequest}, []string{"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n", "hi\r\n0\r\n\r\n"}},
+		"both bodies":         {post, []string{strings.TrimSuffix(plainAnswer, "hi"), "hi"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o, c := startOrigin(t), p.dial(t)
+			c.SetNoDelay(false)
+			var up *peer
+			quickest := patience
+			for i := range 16 {
+				begun := time.Now()
+				for _, piece := range pieces.request {
+					c.send("%s", o.fill(piece))
+				}
+				if up == nil {
+					up = o.accept()
+					up.SetNoDelay(false)
+				}
+				if up.head(); pieces.request[0] == post[0] {
+					up.wants("hello")
+				}
+				for _, piece := range pieces.answer {
+					up.send("%s", piece)
+				}
+				if resp, body := c.response("GET"); resp.StatusCode != 200 || body != "hi" {
+					t.Fatalf("got %s, %q", resp.Status, body)
+				}
+				if i >= 4 { // the kernel acknowledges the first packets of a connection at once
+					quickest = min(quickest, time.Since(begun))
+				}
+			}
+			if quickest > 30*time.Millisecond {
+				t.Errorf("the quickest exchange took %v", quickest)
+			}
+		})
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Responses that are refused
 
