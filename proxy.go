@@ -277,7 +277,9 @@ func gather(environ []string, vars []variable) (values map[string]string, bad co
 	given, values := env.ToMap(environ), map[string]string{}
 	// Orchestrators inject these for services named sluice, and sluice-metrics, say. SLUICE_ALLOW_PORT=443 is none of them, but a mistake.
 	links := regexp.MustCompile(`^SLUICE_(.+_)?(SERVICE_HOST=|SERVICE_PORT[_=]|PORT=(tcp|udp|sctp)://|PORT_\d+_(TCP|UDP|SCTP)[_=])|^SLUICE_PORT[_=]`)
-	maps.DeleteFunc(given, func(key, value string) bool { return !strings.HasPrefix(key, envPrefix) || links.MatchString(key+"="+value) })
+	maps.DeleteFunc(given, func(key, value string) bool {
+		return !strings.HasPrefix(key, envPrefix) || links.MatchString(key+"="+value)
+	})
 	for i := range vars {
 		v, key := &vars[i], envPrefix+vars[i].name
 		path := given[key+"_FILE"]

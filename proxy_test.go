@@ -1328,6 +1328,7 @@ func TestKernelSettings(t *testing.T) {
 		{"net.ipv4.tcp_tw_reuse", "2", "1", "advice", `sysctls: {net.ipv4.tcp_tw_reuse: "1"}`, files{"/proc/sys/net/ipv4/tcp_tw_reuse": "2"}, nil},
 		{"net.ipv4.tcp_fin_timeout", "600", "at most 60", "advice", `sysctls: {net.ipv4.tcp_fin_timeout: "60"}`, files{"/proc/sys/net/ipv4/tcp_fin_timeout": "600"}, nil},
 		{"net.ipv4.tcp_keepalive_time", "9999", "any", "ok", "", files{"/proc/sys/net/ipv4/tcp_keepalive_time": "9999"}, nil},
+		{"net.ipv4.tcp_keepalive_probes", "90", "at most 9", "advice", `sysctls: {net.ipv4.tcp_keepalive_probes: "9"}`, files{"/proc/sys/net/ipv4/tcp_keepalive_probes": "90"}, nil},
 		{"net.ipv4.tcp_rmem", "4096 131072 262144", "a maximum of 4194304", "advice", `sysctls: {net.ipv4.tcp_rmem: "4096 131072 4194304"}`, files{"/proc/sys/net/ipv4/tcp_rmem": "4096\t131072\t262144"}, nil},
 		{"net.ipv4.tcp_wmem", "4096 16384 262144", "a maximum of 4194304", "advice", `sysctls: {net.ipv4.tcp_wmem: "4096 16384 4194304"}`, files{"/proc/sys/net/ipv4/tcp_wmem": "4096\t16384\t262144"}, nil},
 		{"net.ipv4.tcp_migrate_req", "0", "1", "advice", `sysctls: {net.ipv4.tcp_migrate_req: "1"}`, files{"/proc/sys/net/ipv4/tcp_migrate_req": "0"}, nil},
@@ -8961,6 +8962,102 @@ func TestFirstToCloseStaysTheReason(t *testing.T) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Bad networks
+
+// socketTo is the descriptor that the proxy, in this process, has for the connection to a peer: descriptors have another type on Windows.
+func socketTo[H ~int | ~uintptr](t *testing.T, addressOf func(H) (syscall.Sockaddr, error), peer net.Addr) H {
+	t.Helper()
+	for fd := H(0); fd < 4096; fd++ {
+		if a, err := addressOf(fd); err == nil {
+			if a, ok := a.(*syscall.SockaddrInet4); ok && netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port)).String() == peer.String() {
+				return fd
+			}
+		}
+	}
+	t.Fatalf("the proxy has no connection to %v", peer)
+	return 0
+}
+
+// Options of tcp(7), by their numbers on Linux.
+const (
+	tcpKeepIdle     = 4
+	tcpKeepInterval = 5
+	tcpUserTimeout  = 18
+	tcpRTOMax       = 44 // from 6.15 on
+)
+
+// TestDeadPeerOptions: what has the kernel find dead peers is set on both sides, and nothing that ends a connection whose reader pauses.
+func TestDeadPeerOptions(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("only Linux has the options")
+	}
+	p, o := startProxy(t), startOrigin(t)
+	c, _ := p.openTunnel(t, o)
+	for side, peer := range map[string]net.Addr{"client": c.LocalAddr(), "origin": o.Addr()} {
+		fd := socketTo(t, syscall.Getpeername, peer)
+		options := map[int]int{tcpKeepIdle: 30, tcpKeepInterval: 15, tcpUserTimeout: 0}
+		if _, err := syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, tcpRTOMax); err == nil {
+			options[tcpRTOMax] = 60_000
+		}
+		for option, want := range options {
+			if n, err := syscall.GetsockoptInt(fd, syscall.IPPROTO_TCP, option); n != want || err != nil {
+				t.Errorf("option %d of the %s's socket is %d (%v), want %d", option, side, n, err, want)
+			}
+		}
+	}
+}
+
+// TestDeadPeers: a tunnel to a client that vanished without a word, as one does that loses power, ends when the kernel gives the client up,
+// although its origin has more and more to say, which no limit for idle tunnels ends. The test has the kernel do so after two seconds,
+// by TCP_USER_TIMEOUT. It runs in a network namespace, where a client's address can be taken away.
+func TestDeadPeers(t *testing.T) {
+	if !inNamespace(t, "--net", "ip link set lo up && ip address add 10.9.9.1/32 dev lo") {
+		return
+	}
+	p, o := startProxy(t, "ADMIN=off", "TUNNEL_IDLE_TIMEOUT=1s"), startOrigin(t)
+	open := func(from string) (c, up *peer) {
+		conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).Dial("tcp", p.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c = newPeer(t, conn)
+		c.send("CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", o.addr, o.addr)
+		up = o.accept()
+		c.head()
+		return c, up
+	}
+	dead, deadUp := open("10.9.9.1")
+	alive, aliveUp := open("127.0.0.1")
+	for _, c := range []*peer{dead, alive} {
+		if err := syscall.SetsockoptInt(socketTo(t, syscall.Getpeername, c.LocalAddr()), syscall.IPPROTO_TCP, tcpUserTimeout, 2000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := exec.Command("ip", "address", "del", "10.9.9.1/32", "dev", "lo").CombinedOutput(); err != nil {
+		t.Skipf("%v: %s", err, out)
+	}
+	begun := time.Now()
+	received := make(chan int64, 1)
+	go func() {
+		n, _ := io.Copy(io.Discard, alive)
+		received <- n
+	}()
+	sent := int64(0)
+	for ; len(p.served()) == 0 && time.Since(begun) < patience; time.Sleep(100 * time.Millisecond) {
+		deadUp.Write([]byte("x")) // fails when the tunnel has ended
+		aliveUp.send("x")
+		sent++
+	}
+	wantsFields(t, p.awaitServed(t, 0), map[string]any{"client.address": "10.9.9.1", "close_reason": "connection_error"})
+	if took := time.Since(begun); took < 2*time.Second {
+		t.Errorf("it ended after %v", took)
+	}
+	aliveUp.CloseWrite()
+	if n := <-received; n != sent {
+		t.Errorf("the client that is alive got %d bytes of %d", n, sent)
+	}
+	alive.Close()
+	wantsFields(t, p.awaitServed(t, 1), map[string]any{"client.address": "127.0.0.1", "close_reason": "upstream_closed"})
+}
 
 // badNet stands between two peers: each connection to it becomes one to another address, and both directions pass through a toxic
 // of toxiproxy's. Not through toxiproxy's own links, which leave goroutines behind when a peer is gone: it is asked here whether any are left.

@@ -38,8 +38,7 @@ import (
 
 // sockets makes connections, sets options on sockets before they listen or connect, and keeps pipes.
 type sockets struct {
-	deadPeer time.Duration // after which a peer that acknowledges nothing is given up
-	reserved int           // descriptors from this number on are for the admin listener, resolvers and files; the lowest free one is given first
+	reserved int // descriptors from this number on are for the admin listener, resolvers and files; the lowest free one is given first
 
 	most  int // pipes there may be
 	large int // pipes of pipeSize there may be
@@ -51,9 +50,7 @@ type sockets struct {
 }
 
 func (s *server) openListeners(ctx context.Context, addr string) error {
-	const long = 15 * time.Minute
 	s.sockets.size(openFiles(), debug.SetMemoryLimit(-1))
-	s.sockets.deadPeer = max(cmp.Or(s.cfg.TunnelIdleTimeout, long), cmp.Or(s.cfg.BodyTimeout, long), time.Minute)
 	lc := net.ListenConfig{Control: s.sockets.listening, KeepAlive: -1} // accepted sockets inherit what Control sets
 	lc.SetMultipathTCP(false)                                           // splice(2) and the socket options want plain TCP
 	for range cmp.Or(s.cfg.Listeners, runtime.GOMAXPROCS(0)) {          // which minds the affinity mask and the cgroup's CPU quota
@@ -208,18 +205,20 @@ func (s *sockets) size(files int, memory int64) {
 // call per connection is spent on it.
 func (s *sockets) listening(network, address string, c syscall.RawConn) error {
 	return control(c, func(fd int) error {
-		return errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1), unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1), s.keepAlive(fd))
+		return errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1), unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1), keepAlive(fd))
 	})
 }
 
-// keepAlive has the kernel look for peers that lost power. TCP_USER_TIMEOUT overrides the count of probes, and also ends a
-// connection whose reader lets its window stay shut for that long, so it is no shorter than the limit for idle tunnels.
-func (s *sockets) keepAlive(fd int) error {
+// keepAlive has the kernel look for peers that lost power. One that is idle is given up after 165 s: nine probes (tcp_keepalive_probes), 15 s
+// apart. One that does not acknowledge what it was sent is given up after 940 s as the kernel comes (tcp_retries2), and from Linux 6.15 on,
+// which can be told to send again every 60 s rather than 120 (RFC 6298, 2.5 allows no less), after 539 s. TCP_USER_TIMEOUT would be sooner,
+// but it overrides the count of probes, so that an idle one stays as long, and it ends a connection whose reader is alive and pauses.
+func keepAlive(fd int) error {
+	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS, 60_000) // older kernels do not know it
 	return errors.Join(
 		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1),
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 30),
-		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15),
-		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(min(s.deadPeer.Milliseconds(), math.MaxInt32))))
+		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15))
 }
 
 // socket is a connection. Package net spends more on one: six system calls that tell nothing new, a goroutine that waits for ctx, and
@@ -333,7 +332,7 @@ func (s *sockets) connect(ctx context.Context, to *sockaddr) (*socket, error) {
 	}
 	k := newSocket(fd)
 	stop := context.AfterFunc(ctx, func() { k.SetWriteDeadline(time.Unix(1, 0)) })
-	if err = errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1), s.keepAlive(fd)); fd >= s.reserved {
+	if err = errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1), keepAlive(fd)); fd >= s.reserved {
 		err = unix.EMFILE
 	} else if err == nil {
 		err = k.connect(to)
@@ -1689,10 +1688,10 @@ func checks() []check {
 			"a connection to an origin is given any other port of ip_local_port_range, and while it lasts nothing can listen there: a start fails with EADDRINUSE"},
 		{"net.ipv4.tcp_tw_reuse", byNamespace, "", nil, advised("1"),
 			"a port stays taken for 60 s after a connection that Sluice has ended first. With 1 another may have it after 1 s, with 2 on loopback alone (ip-sysctl.rst): so 100 ports bear 400 connections in 4 s, else 100"},
-		{"net.ipv4.tcp_fin_timeout", byNamespace, "", nil, judgeOrphans, "what Sluice has closed and its peer has not is kept for so long (tcp(7)). Ports in TIME-WAIT stay taken for 60 s whatever it says"},
+		{"net.ipv4.tcp_fin_timeout", byNamespace, "", nil, atMost(60), "what Sluice has closed and its peer has not is kept for so long (tcp(7)). Ports in TIME-WAIT stay taken for 60 s whatever it says"},
 		{"net.ipv4.tcp_keepalive_time", byNamespace, "", nil, anything, ownKeepAlive},
 		{"net.ipv4.tcp_keepalive_intvl", byNamespace, "", nil, anything, ownKeepAlive},
-		{"net.ipv4.tcp_keepalive_probes", byNamespace, "", nil, anything, "TCP_USER_TIMEOUT, which Sluice sets on each connection, overrides it (tcp(7))"},
+		{"net.ipv4.tcp_keepalive_probes", byNamespace, "", nil, atMost(9), "a peer that is gone and idle is given up after 30 s and 15 s for each"},
 		{"net.ipv4.tcp_rmem", byNamespace, "", nil, judgeBuffers, buffers},
 		{"net.ipv4.tcp_wmem", byNamespace, "", nil, judgeBuffers, buffers},
 		{"net.core.rmem_max", byHost, "", readReceive, (*system).judgeDatagrams, quic},
@@ -1915,8 +1914,10 @@ func (k *system) judgeReserved(found string) demand {
 
 func inRange(n int64, ends string) bool { return number(ends, 0) <= n && n <= number(ends, 1) }
 
-func judgeOrphans(_ *system, found string) demand {
-	return demanded(number(found, 0) <= 60, verdictAdvice, "at most 60", 60)
+func atMost(n int64) func(*system, string) demand {
+	return func(_ *system, found string) demand {
+		return demanded(number(found, 0) <= n, verdictAdvice, fmt.Sprint("at most ", n), n)
+	}
 }
 
 func judgeBuffers(_ *system, found string) demand {
