@@ -215,7 +215,7 @@ type config struct {
 	LogQuery               bool          `env:"LOG_QUERY" envDefault:"false"`                // Log query strings, in `url.query`. User info and credentials are never logged.
 	Tune                   string        `env:"TUNE" envDefault:"check"`                     // Kernel settings: `check` warns of those that fall short, `apply` first writes those of the network namespace that are not as wanted, where it may; `off`.
 	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one, but at least 16 MiB less than that. GOMEMLIMIT, where it is set, wins.
-	NOFILE                 int           `env:"NOFILE" envDefault:"0"`                       // Descriptor limit to ask for, beyond the hard limit where CAP_SYS_RESOURCE allows it; 0 = the hard limit, at most 1,048,576.
+	NOFILE                 int           `env:"NOFILE" envDefault:"0"`                       // Descriptor limit to ask for, beyond the hard limit where CAP_SYS_RESOURCE allows it; 0 = the hard limit, at most 1,048,576 or what SLUICE_MAX_CONNS needs.
 }
 
 // variable describes one field of config: its name without the prefix, the texts of its default and its value, where that came

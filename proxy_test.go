@@ -1226,7 +1226,7 @@ func tuned(t *testing.T, vars ...string) (map[string]finding, *logSink) {
 var kernelFiles = map[string]string{
 	"/proc/sys/fs/nr_open": "1048576", "/proc/sys/fs/file-max": "9223372036854775807", "/proc/sys/fs/pipe-user-pages-soft": "16384",
 	"/proc/sys/net/core/somaxconn": "4096", "/proc/sys/net/ipv4/tcp_syncookies": "1", "/proc/sys/net/ipv4/tcp_max_syn_backlog": "128",
-	"/proc/sys/net/ipv4/ip_local_port_range": "32768\t60999", "/proc/sys/net/ipv4/ip_local_reserved_ports": "", "/proc/sys/net/ipv4/tcp_tw_reuse": "1",
+	"/proc/sys/net/ipv4/ip_local_port_range": "32768\t60999", "/proc/sys/net/ipv4/ip_local_reserved_ports": "", "/proc/sys/net/ipv4/ip_forward": "1", "/proc/sys/net/ipv4/tcp_tw_reuse": "1",
 	"/proc/sys/net/ipv4/tcp_fin_timeout": "60", "/proc/sys/net/ipv4/tcp_keepalive_time": "7200", "/proc/sys/net/ipv4/tcp_keepalive_intvl": "75",
 	"/proc/sys/net/ipv4/tcp_keepalive_probes": "9", "/proc/sys/net/ipv4/tcp_rmem": "4096\t131072\t6291456", "/proc/sys/net/ipv4/tcp_wmem": "4096\t16384\t4194304",
 	"/proc/sys/net/ipv4/tcp_migrate_req": "1", "/proc/sys/net/ipv4/tcp_congestion_control": "cubic", "/proc/sys/net/ipv4/tcp_allowed_congestion_control": "reno cubic bbr",
@@ -1393,6 +1393,19 @@ func TestKernelSettings(t *testing.T) {
 			t.Errorf("%+v", all)
 		}
 	}
+	write(kernelFiles)
+	if out, err := exec.Command("ip", "link", "set", "veth0", "up").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	all, _ = tuned(t)
+	if f := all["net.ipv4.ip_forward"]; f.Found != "1" || f.Wanted != "0" || f.Verdict != verdictAdvice || f.Mend != `sysctls: {net.ipv4.ip_forward: "0"}` {
+		t.Errorf("on two networks: %+v", f)
+	}
+	write(hostNetwork)
+	all, _ = tuned(t)
+	if f := all["net.ipv4.ip_forward"]; f.Verdict != verdictOK || f.Mend != "" {
+		t.Errorf("on a host: %+v", f)
+	}
 	if out, err := exec.Command("ip", "-6", "route", "replace", "unreachable", "default").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -1523,7 +1536,7 @@ func TestTuneUnprivileged(t *testing.T) {
 	}
 	table, mending, _ := strings.Cut(out, "\n# compose.override.yaml\n")
 	rows := strings.Split(strings.TrimSpace(table), "\n")
-	if len(rows) != 26 || !regexp.MustCompile(`^RLIMIT_NOFILE +512 +at least 2359 +short +limits of the container +a client`).MatchString(rows[1]) {
+	if len(rows) != 27 || !regexp.MustCompile(`^RLIMIT_NOFILE +512 +at least 2359 +short +limits of the container +a client`).MatchString(rows[1]) {
 		t.Errorf("%d rows: %s", len(rows), table)
 	}
 	if !strings.HasPrefix(mending, "services:\n  proxy:\n    ulimits:\n      nofile: 2359\n") {

@@ -1686,6 +1686,8 @@ func checks() []check {
 		{"net.ipv4.ip_local_port_range", byNamespace, "", nil, (*system).judgePorts, "each connection to one address and port of an origin takes a port"},
 		{"net.ipv4.ip_local_reserved_ports", byNamespace, "", readReserved, (*system).judgeReserved,
 			"a connection to an origin is given any other port of ip_local_port_range, and while it lasts nothing can listen there: a start fails with EADDRINUSE"},
+		{"net.ipv4.ip_forward", byNamespace, "", nil, (*system).judgeForwarding,
+			"a namespace begins with the host's value, which Docker makes 1: a container on two networks then passes packets on between them, around Sluice"},
 		{"net.ipv4.tcp_tw_reuse", byNamespace, "", nil, advised("1"),
 			"a port stays taken for 60 s after a connection that Sluice has ended first. With 1 another may have it after 1 s, with 2 on loopback alone (ip-sysctl.rst): so 100 ports bear 400 connections in 4 s, else 100"},
 		{"net.ipv4.tcp_fin_timeout", byNamespace, "", nil, atMost(60), "what Sluice has closed and its peer has not is kept for so long (tcp(7)). Ports in TIME-WAIT stay taken for 60 s whatever it says"},
@@ -1913,6 +1915,16 @@ func (k *system) judgeReserved(found string) demand {
 }
 
 func inRange(n int64, ends string) bool { return number(ends, 0) <= n && n <= number(ends, 1) }
+
+// judgeForwarding leaves a host alone, which may have to forward, and a container that has nowhere to forward to.
+func (k *system) judgeForwarding(found string) demand {
+	links, _ := net.Interfaces()
+	links = slices.DeleteFunc(links, func(l net.Interface) bool { return l.Flags&net.FlagLoopback != 0 || l.Flags&net.FlagUp == 0 })
+	if k.shared || len(links) < 2 {
+		return demanded(true, "", "any, on one network or on a host", "")
+	}
+	return demanded(found == "0", verdictAdvice, "0", 0)
+}
 
 func atMost(n int64) func(*system, string) demand {
 	return func(_ *system, found string) demand {
