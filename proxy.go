@@ -2969,7 +2969,7 @@ const (
 //
 // tune_linux.go and tune_other.go each define:
 //
-//	(*server).openListeners      appends to server.listeners one listener for an address, or where they can share it, one per CPU
+//	(*server).openListeners      appends to server.listeners one listener for an address, or where they can share it, one per CPU; sets backlog
 //	(*server).accept(ctx, l)     has connections served until ctx ends, and those that wait then. Errors are said once and waited out
 //	sockets                      what they need; close frees what is kept
 //	(*server).dial(ctx, addrs)   connects to the first address that answers, until ctx ends; an error is a *net.OpError, with that of ctx

@@ -5829,8 +5829,8 @@ func TestTunnelIdleTimeoutIsNoOtherLimit(t *testing.T) {
 	if !apart(t) {
 		return
 	}
-	p := startProxy(t, "TUNNEL_IDLE_TIMEOUT=300ms")
-	const pause = 900 * time.Millisecond // less than BODY_TIMEOUT
+	p := startProxy(t, "TUNNEL_IDLE_TIMEOUT=1s") // with less, the test's own wait for a busy processor was an idle tunnel
+	const pause = 2 * time.Second                // less than BODY_TIMEOUT
 	big := noise(16<<20, 6)
 	t.Run("one direction stalls while the other flows", func(t *testing.T) {
 		o := startOrigin(t)
