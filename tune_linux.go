@@ -1671,8 +1671,7 @@ func demanded(ok bool, verdict, wanted string, value any) demand {
 // wanted, so that what falls short does so for a reason.
 func checks() []check {
 	const ownKeepAlive = "Sluice sets its own on each connection: 30 s, then every 15 s"
-	const buffers = "no more is on its way in one connection: 4 MiB are 335 Mbit/s at most over 100 ms. And what a peer sends faster than the other reads " +
-		"waits in them, as the container's memory (cgroups(7), version 2): 5 to 18 MB for each slow reader, with a maximum of 32"
+	const buffers = "no more is on its way in one connection: 4 MiB are 335 Mbit/s at most over 100 ms"
 	const quic = "HTTP/3: quic-go asks for 7 MiB, since bursts that find less room are lost (its wiki, UDP Buffer Sizes)"
 	return []check{
 		{"RLIMIT_NOFILE", byContainer, "ulimits: {nofile: %s}", (*system).readFiles, (*system).judgeFiles,
@@ -1933,17 +1932,8 @@ func atMost(n int64) func(*system, string) demand {
 	}
 }
 
-// judgeBuffers wants room for fast connections, as long as sixteen slow ones do not take all of a container's memory.
 func judgeBuffers(_ *system, found string) demand {
-	least, most, wanted := int64(4<<20), int64(math.MaxInt64), "a maximum of at least 4194304"
-	if memory, _ := cgroupMemory(); memory > 0 {
-		most = memory / 16
-		least = min(least, most)
-		wanted = fmt.Sprintf("a maximum of %d to %d", least, most)
-	}
-	is := number(found, 2)
-	fit := min(max(is, least), most)
-	return demanded(is == fit, verdictAdvice, wanted, fmt.Sprint(number(found, 0), number(found, 1), fit))
+	return demanded(number(found, 2) >= 4<<20, verdictAdvice, "a maximum of 4194304", fmt.Sprint(number(found, 0), number(found, 1), 4<<20))
 }
 
 func readReceive(*system) (string, error) { return largestBuffer(unix.SO_RCVBUF) }
