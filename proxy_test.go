@@ -1438,6 +1438,78 @@ func TestMending(t *testing.T) {
 	}
 }
 
+// TestSocketMemory: with version 2 of cgroups what waits in sockets is the container's memory, and a send that finds none left has the process
+// killed. So buffers are bounded as it fills, and let go again; memory that the kernel can take back does not count. The files that tell
+// of it are made up; real ones, and a kernel that kills, are in no CI.
+func TestSocketMemory(t *testing.T) {
+	if !inNamespace(t, "--mount", "mount -t tmpfs none /sys/fs/cgroup && for f in cgroup mountinfo; do echo >/sys/fs/cgroup/own-$f && mount --bind /sys/fs/cgroup/own-$f /proc/$$/$f || exit; done") {
+		return
+	}
+	if openFiles() == 0 {
+		t.Skip("only Linux tells")
+	}
+	write := func(name, text string) {
+		if err := os.WriteFile(name, []byte(text+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	holds := func(mebibytes, files int) { // the text of memory.current last: what is read then fits together
+		write("/sys/fs/cgroup/memory.stat", fmt.Sprintf("anon 1\ninactive_file %d\nactive_file %d", files<<19, files<<19))
+		write("/sys/fs/cgroup/memory.current", strconv.Itoa(mebibytes<<20))
+	}
+	write("/proc/self/cgroup", "0::/")
+	write("/proc/self/mountinfo", kernelFiles["/proc/self/mountinfo"])
+	write("/sys/fs/cgroup/cgroup.procs", "1")
+	write("/sys/fs/cgroup/memory.max", strconv.Itoa(64<<20))
+	holds(8, 0)
+	debug.SetMemoryLimit(1 << 30) // without one nobody watches
+	p, o := startProxy(t), startOrigin(t)
+	c, _ := p.openTunnel(t, o)
+	buffers := func() (sizes [4]int) {
+		for i, peer := range []net.Addr{c.LocalAddr(), o.Addr()} {
+			fd := socketTo(t, syscall.Getpeername, peer)
+			sizes[2*i], _ = syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_RCVBUF)
+			sizes[2*i+1], _ = syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_SNDBUF)
+		}
+		return sizes
+	}
+	refused := func() bool {
+		conn, err := net.Dial("tcp", p.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		n := newPeer(t, conn)
+		n.send("%s", request("OPTIONS", "http://any.test", "Max-Forwards: 0"))
+		resp, _ := n.response("OPTIONS")
+		return resp.StatusCode == 503
+	}
+	free := buffers()
+	holds(60, 40)
+	time.Sleep(100 * time.Millisecond) // five looks
+	if got := buffers(); got != free || refused() {
+		t.Errorf("files are held, and buffers are %v, not %v", got, free)
+	}
+	holds(40, 0)
+	eventually(t, "buffers that share what is left", func() bool { got := buffers(); return slices.Min(got[:]) == slices.Max(got[:]) && got[0] > 32<<10 })
+	if refused() {
+		t.Error("with 40 of 64 MiB held nobody was let in")
+	}
+	p.log.await(t, "memory runs short, socket buffers are bounded", 1)
+	holds(50, 0)
+	eventually(t, "small buffers", func() bool { return buffers() == [4]int{32 << 10, 32 << 10, 32 << 10, 32 << 10} })
+	holds(60, 0)
+	eventually(t, "a refusal", refused)
+	holds(8, 0)
+	eventually(t, "nobody to be refused", func() bool { return !refused() })
+	late, _ := p.openTunnel(t, o)
+	for _, peer := range []net.Addr{c.LocalAddr(), late.LocalAddr()} {
+		if locked, err := syscall.GetsockoptInt(socketTo(t, syscall.Getpeername, peer), syscall.SOL_SOCKET, 72); err == nil && locked != 0 { // SO_BUF_LOCK, from 5.15 on
+			t.Errorf("buffers stay bounded: %d", locked)
+		}
+	}
+}
+
 // TestTuneApply: TUNE=apply writes what the network namespace lets it, before the listeners open, and tells both values. What it may not write
 // stays short and says why.
 func TestTuneApply(t *testing.T) {

@@ -43,6 +43,12 @@ type sockets struct {
 	most  int // pipes there may be
 	large int // pipes of pipeSize there may be
 
+	full     atomic.Bool  // what waits in sockets leaves no memory for more
+	looking  sync.Mutex   // for look
+	held     *os.File     // memory.current: what the container holds of its memory; nil = there is no limit, or none of version 2 of cgroups
+	heldMost int64        // what it may hold
+	bounded  atomic.Int64 // bytes asked for as the buffers of each connection, either way; 0 = the kernel's choice
+
 	mu    sync.Mutex
 	pipes []*[2]int            // empty, for reuse; guarded by mu
 	open  int                  // pipes there are, in use too; guarded by mu
@@ -128,6 +134,7 @@ func (s *server) takeIn(fd, most int) (more bool, err error) {
 		default:
 			return false, os.NewSyscallError("accept4", err)
 		}
+		s.sockets.bindBuffers(conn)
 		c, f := s.newClient(newSocket(conn), peerOf(from))
 		switch {
 		case conn >= s.sockets.reserved:
@@ -199,6 +206,10 @@ func (s *sockets) size(files int, memory int64) {
 	s.reserved = files - min(reservedFiles, files/4)
 	s.most = int(min(int64(files/16), memory/8/(64<<10)))
 	s.large = int(min(largePipes, memory/16/pipeSize))
+	if s.heldMost, _ = cgroupLimit("memory", "memory.max"); s.heldMost > 0 && s.held == nil { // once, whatever is listened on
+		dirs, _ := cgroups("memory")
+		s.held, _ = os.Open(path.Join(dirs[0], "memory.current"))
+	}
 }
 
 // listening sets what accepted sockets inherit (tcp(7): the options of a listening socket are copied), so that no system
@@ -219,6 +230,86 @@ func keepAlive(fd int) error {
 		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1),
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 30),
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15))
+}
+
+// look bounds the buffers of connections while much of the container's memory is held. With version 2 of cgroups that is also what waits in
+// sockets, up to tcp_rmem and tcp_wmem for each peer that reads slowly: 10 MB as the kernel comes, so that 20 of them used up 64 MiB, and
+// where a send finds none left the process is killed. So buffers are bounded from half of the memory on, from three quarters on more so, and
+// from seven eighths on nobody is let in. Always, it would be slow: 64 KiB have 24 Mbit/s come through over 20 ms, rather than 240.
+func (s *sockets) look() {
+	if s.held == nil || !s.looking.TryLock() {
+		return
+	}
+	defer s.looking.Unlock()
+	most, used, bounded := s.heldMost, s.inUse(), s.bounded.Load()
+	switch s.full.Store(used > most/8*7); {
+	case used > most/4*3 && bounded != most>>12:
+		s.bound(0, most>>12)
+	case used > most/2 && bounded == 0:
+		s.bound((most-used)/2, most>>12)
+	case bounded > 0 && used < most/2 && used-inHeap() < most/32*9: // the program's text may be a quarter
+		s.bound(0, 0)
+	}
+}
+
+// inUse is what the container holds and the kernel cannot take back: files that it has read or written are kept while there is room.
+func (s *sockets) inUse() int64 {
+	var text [24]byte
+	n, _ := s.held.ReadAt(text[:], 0)
+	used := number(string(text[:n]), 0)
+	if used <= s.heldMost/2 {
+		return used
+	}
+	stat, _ := os.ReadFile(path.Join(path.Dir(s.held.Name()), "memory.stat"))
+	for line := range strings.Lines(string(stat)) {
+		if strings.HasPrefix(line, "active_file ") || strings.HasPrefix(line, "inactive_file ") {
+			used -= number(line, 1)
+		}
+	}
+	return used
+}
+
+// inHeap is what of a container's memory the runtime has.
+func inHeap() int64 {
+	m := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	metrics.Read(m)
+	return int64(m[0].Value.Uint64() - m[1].Value.Uint64())
+}
+
+// bound has the buffers of all connections share n bytes from now on, each with no less than least; 0, 0 = the kernel's choice.
+func (s *sockets) bound(n, least int64) {
+	open, _ := os.ReadDir("/proc/self/fd")
+	var conns []int
+	for _, f := range open {
+		fd, _ := strconv.Atoi(f.Name())
+		if protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL); err == nil && protocol == unix.IPPROTO_TCP {
+			conns = append(conns, fd)
+		}
+	}
+	n = max(least, n/int64(max(1, len(conns)))/2) // the kernel doubles it
+	s.bounded.Store(n)
+	for _, fd := range conns {
+		setBuffers(fd, int(n)) // it may be closed, and given again, meanwhile: to a connection, which it suits, or to what refuses it
+	}
+}
+
+// bindBuffers does so for a new connection: one that has waited to be accepted has the buffers of before.
+func (s *sockets) bindBuffers(fd int) {
+	s.look()
+	if n := s.bounded.Load(); n > 0 {
+		setBuffers(fd, int(n))
+	}
+}
+
+// setBuffers has a connection send what fits into n bytes, twice that with the kernel's overhead (socket(7)), and drop what comes beyond as
+// much: its peer sends that again. 0: the kernel finds its sizes by itself, as at first.
+func setBuffers(fd, n int) {
+	if n == 0 {
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BUF_LOCK, 0) // from Linux 5.15 on
+		return
+	}
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, n)
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, n)
 }
 
 // socket is a connection. Package net spends more on one: six system calls that tell nothing new, a goroutine that waits for ctx, and
@@ -335,6 +426,7 @@ func (s *sockets) connect(ctx context.Context, to *sockaddr) (*socket, error) {
 	if err = errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1), keepAlive(fd)); fd >= s.reserved {
 		err = unix.EMFILE
 	} else if err == nil {
+		s.bindBuffers(fd)
 		err = k.connect(to)
 	}
 	if !stop() && err == nil {
@@ -1606,6 +1698,7 @@ func (s *splicer) dropPipe() {
 
 // close closes the pipes that are kept.
 func (s *sockets) close() {
+	s.held.Close() // nil is an error, no more
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, p := range s.pipes {
@@ -2190,6 +2283,7 @@ func limit(n int64, unit string) string {
 // watchMemory looks ten times a second what is in use of the memory limit, until ctx ends. From three quarters on idle connections are let
 // go, from nine tenths on new ones, and heads that need more than a pooled buffer, are refused.
 func (s *server) watchMemory(ctx context.Context) {
+	s.run(&s.behind, func() { s.watchSockets(ctx) })
 	limit := uint64(debug.SetMemoryLimit(-1))
 	if limit == math.MaxInt64 {
 		return
@@ -2201,9 +2295,23 @@ func (s *server) watchMemory(ctx context.Context) {
 			runtime.GC() // what was let go does not show before one, which may be far off when nothing is taken in
 			used, collected = memoryInUse(), time.Now()
 		}
-		if s.limits.full.Store(used > limit/10*9); used > limit/4*3 {
+		if s.limits.full.Store(used > limit/10*9 || s.sockets.full.Load()); used > limit/4*3 {
 			s.sayShort("memory runs short, idle connections are closed", fmt.Errorf("%d of %d bytes are in use (SLUICE_MEMORY_LIMIT)", used, limit))
 		}
+		if s.sockets.bounded.Load() > 0 {
+			s.sayShort("memory runs short, socket buffers are bounded", fmt.Errorf("half of the container's %d bytes are in use", s.sockets.heldMost))
+		}
+		select {
+		case <-tick:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// watchSockets looks fifty times a second, until ctx ends, besides at each connection.
+func (s *server) watchSockets(ctx context.Context) {
+	for tick := time.Tick(20 * time.Millisecond); s.sockets.held != nil && ctx.Err() == nil; {
+		s.sockets.look()
 		select {
 		case <-tick:
 		case <-ctx.Done():
