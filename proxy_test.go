@@ -1486,7 +1486,7 @@ func TestSocketMemory(t *testing.T) {
 	}
 	free := buffers()
 	holds(60, 40)
-	time.Sleep(100 * time.Millisecond) // five looks
+	time.Sleep(300 * time.Millisecond) // three looks at least
 	if got := buffers(); got != free || refused() {
 		t.Errorf("files are held, and buffers are %v, not %v", got, free)
 	}
