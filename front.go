@@ -272,6 +272,9 @@ var gathered = sync.Pool{New: func() any { return new([gatherSize]byte) }}
 
 func (n *netConn) Read(p []byte) (int, error) {
 	if len(n.early) == 0 {
+		if n.gathers && n.c.srv.limits.full.Load() { // heads that net/http reads become garbage faster than half a CPU collects
+			time.Sleep(50 * time.Millisecond)
+		}
 		if len(p) >= len(n.ahead) {
 			return n.stream.Read(p)
 		}
