@@ -242,6 +242,12 @@ func countFiles() int {
 // peer is one end of a connection, driven by raw bytes: a client of the proxy or an origin.
 type peer struct {
 	*net.TCPConn
+	speaker
+}
+
+// speaker sends text and takes what comes, over TLS or not.
+type speaker struct {
+	w  io.Writer
 	t  *testing.T
 	br *bufio.Reader
 }
@@ -249,7 +255,7 @@ type peer struct {
 func newPeer(t *testing.T, c net.Conn) *peer {
 	t.Cleanup(func() { c.Close() })
 	c.SetDeadline(time.Now().Add(2 * patience))
-	return &peer{c.(*net.TCPConn), t, bufio.NewReader(c)}
+	return &peer{c.(*net.TCPConn), speaker{c, t, bufio.NewReader(c)}}
 }
 
 // dial connects a client to the proxy.
@@ -263,18 +269,18 @@ func (p *testProxy) dial(t *testing.T) *peer {
 }
 
 // send writes raw bytes.
-func (p *peer) send(format string, args ...any) {
+func (p *speaker) send(format string, args ...any) {
 	p.t.Helper()
 	if len(args) > 0 {
 		format = fmt.Sprintf(format, args...)
 	}
-	if _, err := io.WriteString(p.TCPConn, format); err != nil {
+	if _, err := io.WriteString(p.w, format); err != nil {
 		p.t.Fatalf("send: %v", err)
 	}
 }
 
 // wants reads exactly as many bytes as want has and compares.
-func (p *peer) wants(want string) {
+func (p *speaker) wants(want string) {
 	p.t.Helper()
 	got := make([]byte, len(want))
 	n, err := io.ReadFull(p.br, got)
@@ -300,7 +306,7 @@ func (p *peer) head() string {
 }
 
 // response reads a whole response to a request with the given method.
-func (p *peer) response(method string) (*http.Response, string) {
+func (p *speaker) response(method string) (*http.Response, string) {
 	p.t.Helper()
 	resp, err := http.ReadResponse(p.br, &http.Request{Method: method})
 	if err != nil {
@@ -8434,6 +8440,27 @@ func statusPage(t *testing.T, url string, args ...string) string {
 	return string(out)
 }
 
+// What falls short is shown first and counted, also where no line mends it; what is as wanted stands in the table alone.
+func TestStatusPageKernel(t *testing.T) {
+	page, _ := files.ReadFile("status.html")
+	status, _ := json.Marshal(map[string]any{"name": "a", "started": time.Now(), "now": time.Now(), "state": "ready", "kernel": []finding{
+		{Setting: "tcp_advised", Found: "2", Wanted: "1", Verdict: verdictAdvice, Mend: "sysctls: {tcp_advised: \"1\"}"},
+		{Setting: "RLIMIT_NOFILE", Found: "3", Wanted: "at least 9", Verdict: verdictShort}, {Setting: "fine", Found: "7", Wanted: "any", Verdict: verdictOK}}})
+	shown := statusPage(t, "http://"+serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/status.json" {
+			w.Write(status)
+		} else {
+			w.Write(page)
+		}
+	}))
+	_, cards, _ := strings.Cut(shown, `<ul class="findings">`)
+	cards, _, _ = strings.Cut(cards, "</ul>")
+	short, advice := strings.Index(cards, "<code>RLIMIT_NOFILE</code>"), strings.Index(cards, "<code>tcp_advised</code>")
+	if short < 0 || advice < short || strings.Contains(cards, "fine") || strings.Count(cards, "<pre>") != 1 || !strings.Contains(shown, "1 kernel setting short") || !strings.Contains(shown, "All 3 settings") {
+		t.Errorf("%s", shown)
+	}
+}
+
 // What hostile clients choose is shown as text: the page runs no script but its own. Should the page fail at that, the policy it is served with
 // holds the script back; so here it is served without.
 func TestStatusPageShowsTextAlone(t *testing.T) {
@@ -10350,8 +10377,7 @@ func (a *authority) trusting12() *tls.Config {
 type tlsPeer struct {
 	*tls.Conn
 	socket *listening12
-	t      *testing.T
-	br     *bufio.Reader
+	speaker
 }
 
 // listening12 keeps what was read from a socket.
@@ -10382,39 +10408,7 @@ func (p *testProxy) dialTLS(t *testing.T, conf *tls.Config) *tlsPeer {
 	if err := conn.Handshake(); err != nil {
 		t.Fatalf("handshake: %v", err)
 	}
-	return &tlsPeer{conn, socket, t, bufio.NewReader(conn)}
-}
-
-func (c *tlsPeer) send(format string, args ...any) {
-	c.t.Helper()
-	if len(args) > 0 {
-		format = fmt.Sprintf(format, args...)
-	}
-	if _, err := io.WriteString(c.Conn, format); err != nil {
-		c.t.Fatalf("send: %v", err)
-	}
-}
-
-func (c *tlsPeer) wants(want string) {
-	c.t.Helper()
-	got := make([]byte, len(want))
-	n, err := io.ReadFull(c.br, got)
-	if string(got[:n]) != want {
-		c.t.Fatalf("got  %q (%v)\nwant %q", got[:n], err, want)
-	}
-}
-
-func (c *tlsPeer) response(method string) (*http.Response, string) {
-	c.t.Helper()
-	resp, err := http.ReadResponse(c.br, &http.Request{Method: method})
-	if err != nil {
-		c.t.Fatalf("response: %v", err)
-	}
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		c.t.Fatalf("response body: %v after %q", err, body)
-	}
-	return resp, string(body)
+	return &tlsPeer{conn, socket, speaker{conn, t, bufio.NewReader(conn)}}
 }
 
 // wantsEnd expects the end of the connection: with TLS's own goodbye, or without, which tells that something is missing.
