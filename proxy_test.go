@@ -92,7 +92,19 @@ var (
 )
 
 // TestMain has the runtime open its poller's descriptors before they are counted.
+// ports are those that freeAddr gives, of which each test process claims some for itself.
+var ports = struct {
+	first, count int
+	last         atomic.Uint32
+	claim        net.Listener // holds them
+}{first: 10_000, count: 1000}
+
 func TestMain(m *testing.M) {
+	for err := error(nil); runtime.GOOS == "linux" && ports.first < 29_000; ports.first += ports.count { // elsewhere the name would be a file
+		if ports.claim, err = net.Listen("unix", fmt.Sprintf("@sluice-test-%d", ports.first)); err == nil {
+			break
+		}
+	}
 	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		l.Close()
 	}
@@ -528,11 +540,12 @@ func prefixed(vars ...string) (environ []string) {
 }
 
 // freeAddr is an address on which nobody listens. Its port is below those that kernels give to sockets that ask for any, so
-// that nobody gets it by chance a moment later.
+// that nobody gets it by chance a moment later. No other test process that runs is given it, and this one not soon again.
 func freeAddr(t *testing.T) string {
 	t.Helper()
-	for range 100 {
-		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+rand.IntN(20_000))); err == nil {
+	for range ports.count {
+		port := ports.first + int(ports.last.Add(1))%ports.count
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
 			defer l.Close()
 			return l.Addr().String()
 		}
