@@ -214,7 +214,7 @@ type config struct {
 	LogBuffer              int           `env:"LOG_BUFFER" envDefault:"8192"`                // Records waiting to be written, 512 bytes of each on average, but 1 MiB in all at least and a sixteenth of SLUICE_MEMORY_LIMIT at most; when full, new ones are dropped and counted, never waited for.
 	LogQuery               bool          `env:"LOG_QUERY" envDefault:"false"`                // Log query strings, in `url.query`. User info and credentials are never logged.
 	Tune                   string        `env:"TUNE" envDefault:"check"`                     // Kernel settings: `check` warns of those that fall short, `apply` first writes those of the network namespace that are not as wanted, where it may; `off`.
-	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one, but at least 16 MiB less than that. GOMEMLIMIT, where it is set, wins.
+	MemoryLimit            size          `env:"MEMORY_LIMIT" envDefault:"0"`                 // Soft limit of the heap; 0 = 90% of the cgroup's, if it has one, but at least 24 MiB less than that. GOMEMLIMIT, where it is set, wins.
 	NOFILE                 int           `env:"NOFILE" envDefault:"0"`                       // Descriptor limit to ask for, beyond the hard limit where CAP_SYS_RESOURCE allows it; 0 = the hard limit, at most 1,048,576 or what SLUICE_MAX_CONNS needs.
 }
 

@@ -1365,8 +1365,8 @@ func TestKernelSettings(t *testing.T) {
 		{"cgroup pids.max", "20", "at least 48", "short", "pids_limit: 48 # or deploy.resources.limits.pids, where that is set", v1, nil},
 		{"cgroup memory.max", "256 MiB", "at least 64 MiB", "ok", "", nil, nil},
 		{"cgroup memory.max", "32 MiB", "at least 64 MiB", "short", "mem_limit: 64m # or deploy.resources.limits.memory, where that is set", v1, nil},
-		{"cgroup memory.max", "256 MiB", "at least 329 MiB", "short", "mem_limit: 329m # or deploy.resources.limits.memory, where that is set", nil, []string{"MAX_CONNS=5000"}},
-		{"cgroup memory.max", "256 MiB", "at least 272 MiB", "short", "mem_limit: 272m # or deploy.resources.limits.memory, where that is set", nil, []string{"MEMORY_LIMIT=256MiB"}},
+		{"cgroup memory.max", "256 MiB", "at least 337 MiB", "short", "mem_limit: 337m # or deploy.resources.limits.memory, where that is set", nil, []string{"MAX_CONNS=5000"}},
+		{"cgroup memory.max", "256 MiB", "at least 280 MiB", "short", "mem_limit: 280m # or deploy.resources.limits.memory, where that is set", nil, []string{"MEMORY_LIMIT=256MiB"}},
 		{"cgroup memory.max", "no limit", "at least 64 MiB", "ok", "", files{"/sys/fs/cgroup/memory.max": "max"}, nil},
 		{"cgroup memory.max", "no limit", "at least 64 MiB", "ok", "", files{"/proc/self/cgroup": "4:memory:/", "/proc/self/mountinfo": cgroup1At("/", "memory"),
 			"/sys/fs/cgroup/memory/cgroup.procs": "", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}, nil},
@@ -6876,7 +6876,7 @@ func TestDerivedLimits(t *testing.T) {
 		t.Errorf("with MEMORY_LIMIT=64MiB: %v", r)
 	}
 	p = startProcess(t, smallContainer(t, binary))
-	if r := p.start; r["memory_limit"] != float64(48<<20) {
+	if r := p.start; r["memory_limit"] != float64(40<<20) {
 		t.Errorf("in a cgroup of 64 MiB: %v", r)
 	}
 	p.Process.Kill()
