@@ -1212,6 +1212,7 @@ func (x *exchange) relayBuffered(up *upstream) {
 
 // carry moves bytes until src ends, which is passed on; closed is the reason then.
 func (t *buffered) carry(dst, src *wire, closed string) (total int64) {
+	defer src.rested()
 	defer func() {
 		if p := recover(); p != nil { // ends this tunnel alone
 			t.x.srv.logPanic(p)
@@ -1237,6 +1238,7 @@ func (t *buffered) carry(dst, src *wire, closed string) (total int64) {
 		flows = len(p) == len(few) || len(p) == bufferSize
 		n, err := dst.tcp.Write(p)
 		t.x.srv.metrics.moved(n, dst == &t.x.c.wire)
+		src.flow(n)
 		if total += int64(n); err != nil {
 			t.end(t.x.c.severedBy())
 			return total

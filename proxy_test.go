@@ -1503,6 +1503,42 @@ func TestSocketMemory(t *testing.T) {
 		resp, _ := n.response("OPTIONS")
 		return resp.StatusCode == 503
 	}
+	bounded := func(peer net.Addr) bool {
+		locked, err := syscall.GetsockoptInt(socketTo(t, syscall.Getpeername, peer), syscall.SOL_SOCKET, 72) // SO_BUF_LOCK, from 5.15 on
+		return err == nil && locked != 0
+	}
+
+	origin := serveAt(t, "127.0.0.1:0", nil)
+	for range 20 { // clients that send little each time are no flow
+		n := p.dial(t)
+		for range 4 {
+			n.send("POST http://%s/ HTTP/1.1\r\nHost: a\r\nContent-Length: 8000\r\n\r\n%s", origin, strings.Repeat("x", 8000))
+			n.response("POST")
+		}
+	}
+	if time.Sleep(100 * time.Millisecond); bounded(c.LocalAddr()) {
+		t.Error("buffers are bounded for nothing")
+	}
+
+	// Twenty flows could fill 200 MB, which they do not: their share of the memory is kept for them.
+	const much = 2 * bufferSize
+	var flows []*peer
+	for range 20 {
+		client, up := p.openTunnel(t, o)
+		client.send("%s", strings.Repeat("x", much))
+		io.CopyN(io.Discard, up.br, much)
+		flows = append(flows, client)
+	}
+	eventually(t, "the buffers to be bounded", func() bool { return bounded(c.LocalAddr()) })
+	time.Sleep(300 * time.Millisecond) // three looks at least
+	for _, f := range flows {
+		f.Close()
+	}
+	eventually(t, "the kernel to choose again", func() bool { return !bounded(c.LocalAddr()) })
+	if strings.Contains(p.log.all(), "memory runs short") {
+		t.Error("it did not")
+	}
+
 	free := buffers()
 	holds(60, 40)
 	time.Sleep(300 * time.Millisecond) // three looks at least
@@ -1517,16 +1553,25 @@ func TestSocketMemory(t *testing.T) {
 	p.log.await(t, "memory runs short, socket buffers are bounded", 1)
 	holds(50, 0)
 	eventually(t, "small buffers", func() bool { return buffers() == [4]int{32 << 10, 32 << 10, 32 << 10, 32 << 10} })
-	holds(60, 0)
+	holds(58, 0)
 	eventually(t, "a refusal", refused)
 	holds(8, 0)
 	eventually(t, "nobody to be refused", func() bool { return !refused() })
-	late, _ := p.openTunnel(t, o)
+	late, end := p.openTunnel(t, o)
 	for _, peer := range []net.Addr{c.LocalAddr(), late.LocalAddr()} {
-		if locked, err := syscall.GetsockoptInt(socketTo(t, syscall.Getpeername, peer), syscall.SOL_SOCKET, 72); err == nil && locked != 0 { // SO_BUF_LOCK, from 5.15 on
-			t.Errorf("buffers stay bounded: %d", locked)
+		if bounded(peer) {
+			t.Error("buffers stay bounded")
 		}
 	}
+
+	// Before nothing is left, who holds something is cut off.
+	go c.Write(make([]byte, 16<<20)) // to an origin that does not read
+	holds(62, 0)
+	p.log.await(t, "memory runs short, connections are cut", 1)
+	holds(8, 0)
+	c.wantsReset()
+	late.send("still here")
+	end.wants("still here")
 }
 
 // TestTuneApply: TUNE=apply writes what the network namespace lets it, before the listeners open, and tells both values. What it may not write
@@ -6683,15 +6728,22 @@ func TestTunnelLimit(t *testing.T) {
 	socketUp.Close()
 }
 
+// cgroup2 tells whether cgroups are of version 2, which counts what waits in sockets as memory.
+func cgroup2() bool {
+	_, err := os.Stat("/sys/fs/cgroup/cgroup.controllers")
+	return err == nil
+}
+
 // smallContainer is a program that runs binary in a cgroup of 64 MiB; the test is skipped where none can be made.
 func smallContainer(t *testing.T, binary string) string {
 	t.Helper()
-	name := fmt.Sprintf("sluice-test-%d", os.Getpid())
-	dir, file := "/sys/fs/cgroup/memory/"+name, "memory.limit_in_bytes" // version 1
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		if dir, file = "/sys/fs/cgroup/"+name, "memory.max"; os.Mkdir(dir, 0o755) != nil {
-			t.Skip("no cgroup can be made here:", err)
-		}
+	parent, file := "/sys/fs/cgroup/memory", "memory.limit_in_bytes" // version 1
+	if cgroup2() {
+		parent, file = "/sys/fs/cgroup", "memory.max"
+	}
+	dir, err := os.MkdirTemp(parent, "sluice-test-")
+	if err != nil {
+		t.Skip("no cgroup can be made here:", err)
 	}
 	t.Cleanup(func() { eventually(t, "the cgroup to be empty", func() bool { return os.Remove(dir) == nil }) })
 	if err := os.WriteFile(filepath.Join(dir, file), []byte("67108864"), 0o644); err != nil {
@@ -6755,22 +6807,104 @@ func TestFloodsInASmallContainer(t *testing.T) {
 		for _, c := range conns {
 			c.Close()
 		}
-		eventually(t, "an answer after the flood of "+flood.name, func() bool {
-			select {
-			case err := <-p.ended:
-				t.Fatalf("the flood of %s ended the process: %v", flood.name, err)
-			default:
+		p.awaitAnswer(t, origin, "the flood of "+flood.name)
+	}
+}
+
+// awaitAnswer fails unless the process has outlived something and then, soon, forwards a request.
+func (p *process) awaitAnswer(t *testing.T, origin, after string) {
+	t.Helper()
+	eventually(t, "an answer after "+after, func() bool {
+		select {
+		case err := <-p.ended:
+			t.Fatalf("%s ended the process: %v", after, err)
+		default:
+		}
+		c, err := net.Dial("tcp", p.addr)
+		if err != nil {
+			return false
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(time.Second))
+		io.WriteString(c, request("GET", "http://"+origin+"/"))
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		return err == nil && resp.StatusCode == 200
+	})
+}
+
+// Where the kernel counts what waits in sockets as a container's memory, peers that have read fast and stop do not have it killed: by
+// itself it would keep 10 MB for each.
+func TestSlowReadersInASmallContainer(t *testing.T) {
+	if !cgroup2() {
+		t.Skip("no cgroups of version 2") // CI has them in a guest
+	}
+	t.Parallel() // what is tested is a process of its own
+	var stopped atomic.Bool
+	block, over := make([]byte, 256<<10), make(chan struct{})
+	origin := serveAt(t, "127.0.0.1:0", func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path == "/big":
+			for {
+				if _, err := w.Write(block); err != nil {
+					return
+				}
 			}
-			c, err := net.Dial("tcp", p.addr)
-			if err != nil {
-				return false
+		case r.Method == "PUT":
+			for b := make([]byte, len(block)); !stopped.Load(); {
+				if _, err := r.Body.Read(b); err != nil {
+					return
+				}
 			}
-			defer c.Close()
-			c.SetDeadline(time.Now().Add(time.Second))
-			io.WriteString(c, request("GET", "http://"+origin+"/"))
-			resp, err := http.ReadResponse(bufio.NewReader(c), nil)
-			return err == nil && resp.StatusCode == 200
-		})
+			<-over
+		}
+	})
+	t.Cleanup(func() { close(over) })
+	p := startProcess(t, smallContainer(t, buildBinary(t)), "ALLOW_CIDRS=127.0.0.1", "ALLOW_PORTS=*", "LOG_SAMPLE=info=0,warn=0")
+	t.Cleanup(func() { p.Process.Kill(); <-p.ended })
+	tunnel, get, put := request("CONNECT", origin), "GET /big HTTP/1.1\r\nHost: a\r\n\r\n", "Host: a\r\nContent-Length: 1000000000000\r\n\r\n"
+	for _, readers := range []struct {
+		name  string
+		conns int
+		send  string
+	}{
+		{"responses", 100, request("GET", "http://"+origin+"/big")},
+		{"tunnels down", 100, tunnel + get},
+		{"few tunnels down", 12, tunnel + get},
+		{"uploads", 100, "PUT http://" + origin + "/ HTTP/1.1\r\n" + put},
+		{"few uploads", 12, "PUT http://" + origin + "/ HTTP/1.1\r\n" + put},
+		{"tunnels up", 100, tunnel + "PUT / HTTP/1.1\r\n" + put},
+	} {
+		stopped.Store(false)
+		conns := make([]net.Conn, readers.conns)
+		var moved atomic.Int64
+		var clients sync.WaitGroup
+		for i := range conns {
+			conns[i] = dialTCP(t, p.addr)
+		}
+		for _, c := range conns {
+			clients.Go(func() {
+				io.WriteString(c, readers.send)
+				move := c.Read
+				if strings.Contains(readers.send, "PUT") {
+					move = c.Write
+				}
+				for b := make([]byte, 64<<10); !stopped.Load(); {
+					n, err := move(b)
+					if moved.Add(int64(n)); err != nil {
+						return
+					}
+				}
+			})
+		}
+		begun := time.Now()
+		eventually(t, "bytes to flow, so that windows grow", func() bool { return moved.Load() > 32<<20 && time.Since(begun) > time.Second })
+		stopped.Store(true)
+		time.Sleep(2 * time.Second) // they fill
+		for _, c := range conns {
+			c.Close()
+		}
+		clients.Wait()
+		p.awaitAnswer(t, origin, "slow readers of "+readers.name)
 	}
 }
 

@@ -43,10 +43,18 @@ type sockets struct {
 	most  int // pipes there may be
 	large int // pipes of pipeSize there may be
 
+	short    atomic.Bool   // half of the container's memory is in use
 	full     atomic.Bool   // what waits in sockets leaves no memory for more
-	looking  sync.Mutex    // for look
-	held     *os.File      // memory.current: what the container holds of its memory; nil = there is no limit, or none of version 2 of cgroups
-	heldMost int64         // what it may hold
+	heldMost int64         // of its memory the container may hold; 0 = there is no limit, or none of version 2 of cgroups
+	looking  sync.Mutex    // guards the next three
+	held     int           // memory.current, what the container holds
+	stat     int           // memory.stat, of what that is made up
+	text     []byte        // room for what is read of both
+	top      atomic.Int64  // the highest descriptor of a connection so far
+	each     int64         // bytes that a flow fills when its reader is slow, as the kernel has it
+	flows    atomic.Int64  // bodies, and directions of tunnels, that carry more than a buffer's worth
+	unseen   atomic.Int64  // bytes that have moved since somebody looked
+	cut      atomic.Int64  // connections that were cut since it was last told of
 	stirred  chan struct{} // has something when bytes may have begun to flow
 	bounded  atomic.Int64  // bytes asked for as the buffers of each connection, either way; 0 = the kernel's choice
 
@@ -207,10 +215,18 @@ func (s *sockets) size(files int, memory int64) {
 	s.reserved = files - min(reservedFiles, files/4)
 	s.most = int(min(int64(files/16), memory/8/(64<<10)))
 	s.large = int(min(largePipes, memory/16/pipeSize))
-	if s.heldMost, _ = cgroupLimit("memory", "memory.max"); s.heldMost > 0 && s.held == nil { // once, whatever is listened on
-		dirs, _ := cgroups("memory")
-		s.held, _ = os.Open(path.Join(dirs[0], "memory.current"))
-		s.stirred = make(chan struct{}, 1)
+	most, _ := cgroupLimit("memory", "memory.max")
+	if most == 0 || s.heldMost > 0 { // whatever is listened on
+		return
+	}
+	dirs, _ := cgroups("memory")
+	held, err := unix.Open(path.Join(dirs[0], "memory.current"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	stat, bad := unix.Open(path.Join(dirs[0], "memory.stat"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	receive, _ := os.ReadFile("/proc/sys/net/ipv4/tcp_rmem")
+	send, _ := os.ReadFile("/proc/sys/net/ipv4/tcp_wmem")
+	s.each = cmp.Or(number(string(receive), 2)+number(string(send), 2), 10<<20)
+	if err == nil && bad == nil {
+		s.heldMost, s.held, s.stat, s.text, s.stirred = most, held, stat, make([]byte, 4<<10), make(chan struct{}, 1)
 	}
 }
 
@@ -234,41 +250,67 @@ func keepAlive(fd int) error {
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15))
 }
 
-// look bounds the buffers of connections while much of the container's memory is held. With version 2 of cgroups that is also what waits in
-// sockets, up to tcp_rmem and tcp_wmem for each peer that reads slowly: 10 MB as the kernel comes, so that 20 of them used up 64 MiB, and
-// where a send finds none left the process is killed. So buffers are bounded from half of the memory on, from three quarters on more so, and
-// from seven eighths on nobody is let in. Always, it would be slow: 64 KiB have 24 Mbit/s come through over 20 ms, rather than 240.
+// look keeps what waits in connections from using up the container's memory: with version 2 of cgroups it counts, and where a send finds none
+// left the process is killed. A flow of bytes whose reader is slow fills tcp_rmem and tcp_wmem, 10 MB as the kernel comes, so that 20 of them
+// used up 64 MiB. So many flows share half of the memory. What fewer flows take, and what waits in connections that have no flow, is looked
+// at: from half of the memory on the buffers of all connections are bounded, from three quarters on more so, from seven eighths on nobody is
+// let in, and before there is none left connections are cut. Always, bounds would be slow: 4 flows over 20 ms have 88 rather than 270 Mbit/s.
+//
+// Nothing here tells Go's scheduler that it may block, as its calls cannot: it might be the turn of others then, whose bytes fill the memory.
 func (s *sockets) look() {
-	if s.held == nil || !s.looking.TryLock() {
+	if s.heldMost == 0 {
 		return
 	}
+	s.looking.Lock()
 	defer s.looking.Unlock()
-	most, used, bounded := s.heldMost, s.inUse(), s.bounded.Load()
+	most, used, bounded, flows := s.heldMost, s.inUse(), s.bounded.Load(), s.flows.Load()
+	fits, ample, least := s.share(flows), s.share(2*flows), most>>12
+	s.unseen.Store(0)
+	s.short.Store(used > most/2)
 	switch s.full.Store(used > most/8*7); {
-	case used > most/4*3 && bounded != most>>12:
-		s.bound(0, most>>12)
+	case used > most/16*15:
+		s.shed(used - most/8*7)
+		fallthrough
+	case used > most/4*3 && bounded != least:
+		s.bound(least)
+	case fits > 0 && (bounded == 0 || bounded > fits):
+		s.bound(ample) // that is often enough
 	case used > most/2 && bounded == 0:
-		s.bound((most-used)/2, most>>12)
-	case bounded > 0 && used < most/2 && used-inHeap() < most/32*9: // the program's text may be a quarter
-		s.bound(0, 0)
+		s.bound(max(least, (most-used)/4/int64(len(s.conns())+1)))
+	case bounded > 0 && used < most/2 && used-inHeap() < most/32*9 && (ample == 0 || ample > 2*bounded): // the program's text may be a quarter
+		s.bound(ample)
 	}
+}
+
+// share is what each of so many flows may ask for as a buffer; it fills two, each twice as large (socket(7)). 0 = what the kernel chooses: while
+// all together could take twice the memory at most, looks are soon enough, with 24 flows in 64 MiB, too.
+func (s *sockets) share(flows int64) int64 {
+	if flows*s.each <= 2*s.heldMost {
+		return 0
+	}
+	return max(s.heldMost/8/flows, s.heldMost>>12)
 }
 
 // inUse is what the container holds and the kernel cannot take back: files that it has read or written are kept while there is room.
 func (s *sockets) inUse() int64 {
-	var text [24]byte
-	n, _ := s.held.ReadAt(text[:], 0)
-	used := number(string(text[:n]), 0)
+	used := number(s.reading(s.held), 0)
 	if used <= s.heldMost/2 {
 		return used
 	}
-	stat, _ := os.ReadFile(path.Join(path.Dir(s.held.Name()), "memory.stat"))
-	for line := range strings.Lines(string(stat)) {
+	for line := range strings.Lines(s.reading(s.stat)) {
 		if strings.HasPrefix(line, "active_file ") || strings.HasPrefix(line, "inactive_file ") {
 			used -= number(line, 1)
 		}
 	}
 	return used
+}
+
+func (s *sockets) reading(fd int) string {
+	n, _, e := unix.RawSyscall6(unix.SYS_PREAD64, uintptr(fd), uintptr(unsafe.Pointer(&s.text[0])), uintptr(len(s.text)), 0, 0, 0)
+	if e != 0 {
+		return ""
+	}
+	return string(s.text[:n])
 }
 
 // inHeap is what of a container's memory the runtime has.
@@ -278,25 +320,84 @@ func inHeap() int64 {
 	return int64(m[0].Value.Uint64() - m[1].Value.Uint64())
 }
 
-// bound has the buffers of all connections share n bytes from now on, each with no less than least; 0, 0 = the kernel's choice.
-func (s *sockets) bound(n, least int64) {
-	open, _ := os.ReadDir("/proc/self/fd")
-	var conns []int
-	for _, f := range open {
-		fd, _ := strconv.Atoi(f.Name())
-		if protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL); err == nil && protocol == unix.IPPROTO_TCP {
-			conns = append(conns, fd)
+// bound has n bytes asked for as the buffers of each connection from now on, either way; 0 = the kernel's choice.
+func (s *sockets) bound(n int64) {
+	s.bounded.Store(n)
+	for _, fd := range s.conns() {
+		setBuffers(fd, int(n)) // it may be closed, and given again, meanwhile: to a connection, which it suits, or to what refuses it
+	}
+}
+
+// shed resets connections until what they held is n bytes, beginning with those that hold the most: their readers are the slowest. Who holds
+// less than what was bounded may hold is not to blame.
+func (s *sockets) shed(n int64) {
+	type conn struct {
+		fd    int
+		holds int64
+	}
+	var conns []conn
+	for _, fd := range s.conns() {
+		var info [9]uint32 // SK_MEMINFO_VARS: what waits to be read is the first, what to be sent the sixth
+		size := uint32(len(info) * 4)
+		unix.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_MEMINFO, uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+		if holds := int64(info[0]) + int64(info[5]); holds > s.heldMost>>12 { // a listener holds nothing
+			conns = append(conns, conn{fd, holds})
 		}
 	}
-	n = max(least, n/int64(max(1, len(conns)))/2) // the kernel doubles it
-	s.bounded.Store(n)
-	for _, fd := range conns {
-		setBuffers(fd, int(n)) // it may be closed, and given again, meanwhile: to a connection, which it suits, or to what refuses it
+	slices.SortFunc(conns, func(a, b conn) int { return cmp.Compare(b.holds, a.holds) })
+	for _, c := range conns {
+		if n <= 0 {
+			break
+		}
+		var none [16]byte // AF_UNSPEC dissolves a connection, and what waits in it goes at once (connect(2))
+		unix.RawSyscall(unix.SYS_CONNECT, uintptr(c.fd), uintptr(unsafe.Pointer(&none)), uintptr(len(none)))
+		n -= c.holds
+		s.cut.Add(1)
+	}
+}
+
+// conns are the connections' descriptors, and some more.
+func (s *sockets) conns() (fds []int) {
+	for fd := range int(s.top.Load()) + 1 {
+		protocol, size := int32(0), uint32(4)
+		unix.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_PROTOCOL, uintptr(unsafe.Pointer(&protocol)), uintptr(unsafe.Pointer(&size)), 0)
+		if protocol == unix.IPPROTO_TCP {
+			fds = append(fds, fd)
+		}
+	}
+	return fds
+}
+
+// flow takes note that n bytes of a body or tunnel were read from w and sent on. From a buffer's worth on they are a flow, until w has rested.
+func (w *wire) flow(n int) {
+	k := &w.srv.sockets
+	if w.io.carried += n; k.heldMost == 0 || w.io.carried <= bufferSize {
+		return
+	}
+	begins := !w.io.flows
+	if begins {
+		w.io.flows = true
+		k.flows.Add(1)
+		k.stir()
+	}
+	if k.unseen.Add(int64(n)) > k.heldMost>>6 || begins { // whoever moves much may keep the watch from its turn
+		k.look()
+	}
+}
+
+// rested ends a flow.
+func (w *wire) rested() {
+	if w.io.carried = 0; w.io.flows {
+		w.io.flows = false
+		w.srv.sockets.flows.Add(-1)
 	}
 }
 
 // bindBuffers does so for a new connection: one that has waited to be accepted has the buffers of before.
 func (s *sockets) bindBuffers(fd int) {
+	for top := s.top.Load(); int64(fd) > top && !s.top.CompareAndSwap(top, int64(fd)); {
+		top = s.top.Load()
+	}
 	s.look()
 	s.stir()
 	if n := s.bounded.Load(); n > 0 {
@@ -315,12 +416,15 @@ func (s *sockets) stir() {
 // setBuffers has a connection send what fits into n bytes, twice that with the kernel's overhead (socket(7)), and drop what comes beyond as
 // much: its peer sends that again. 0: the kernel finds its sizes by itself, as at first.
 func setBuffers(fd, n int) {
+	set := func(option, value int32) {
+		unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, uintptr(option), uintptr(unsafe.Pointer(&value)), 4, 0)
+	}
 	if n == 0 {
-		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BUF_LOCK, 0) // from Linux 5.15 on
+		set(unix.SO_BUF_LOCK, 0) // from Linux 5.15 on
 		return
 	}
-	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, n)
-	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, n)
+	set(unix.SO_SNDBUF, int32(n))
+	set(unix.SO_RCVBUF, int32(n))
 }
 
 // socket is a connection. Package net spends more on one: six system calls that tell nothing new, a goroutine that waits for ctx, and
@@ -556,6 +660,8 @@ type wireIO struct {
 	asking   []byte      // what ask has not sent yet
 	err      error       // of the last call of answered, filled or served
 	alarm    *time.Timer // ends a parked client's idleness; nil = none
+	carried  int         // bytes of the body or tunnel that is read; this and flows are owned by whoever reads
+	flows    bool        // counts in sockets.flows
 	writing  [3][]byte   // what write has not sent yet; this and writeErr are owned by whoever writes
 	writeErr error       // of the last call of written
 
@@ -1335,6 +1441,7 @@ func (d *direction) carry() {
 	defer func() {
 		if p := recover(); p != nil { // ends this tunnel alone
 			d.t.x.srv.logPanic(p)
+			d.src.rested()
 			d.t.end("internal_error")
 			d.t.leave()
 		}
@@ -1342,6 +1449,7 @@ func (d *direction) carry() {
 	for {
 		m := move{dst: d.dst, src: d.src, limit: math.MaxInt64, moved: d.moved}
 		n, err := m.run()
+		d.src.rested()
 		d.bytes += n
 		if !m.readFailed || !errors.Is(err, os.ErrDeadlineExceeded) {
 			d.over(err)
@@ -1508,6 +1616,11 @@ func (m *move) armWrite() {
 	}
 }
 
+func (m *move) count(n int) {
+	m.moved(n)
+	m.src.flow(n)
+}
+
 // flush moves what is buffered of src, up to limit bytes.
 func (m *move) flush(limit int64) (int64, error) {
 	piece := m.src.take(limit)
@@ -1516,7 +1629,7 @@ func (m *move) flush(limit int64) (int64, error) {
 	}
 	m.armWrite()
 	n, err := m.dst.tcp.Write(piece)
-	m.moved(n)
+	m.count(n)
 	return int64(n), err
 }
 
@@ -1613,7 +1726,7 @@ func (s *splicer) pushNow(fd uintptr) bool {
 	n := sendNow(int(fd), p[:min(int64(len(p)), s.limit-s.total)])
 	s.src.r += n
 	s.total += int64(n)
-	s.moved(n)
+	s.count(n)
 	return true
 }
 
@@ -1646,7 +1759,7 @@ func (s *splicer) out(fd uintptr) bool {
 	s.err = os.NewSyscallError("splice", err)
 	s.held -= n
 	s.total += int64(n)
-	s.moved(n)
+	s.count(n)
 	return true
 }
 
@@ -1708,9 +1821,15 @@ func (s *splicer) dropPipe() {
 	unix.Close(p[1])
 }
 
-// close closes the pipes that are kept.
+// close closes what is kept.
 func (s *sockets) close() {
-	s.held.Close() // nil is an error, no more
+	if s.heldMost > 0 {
+		s.looking.Lock()
+		unix.Close(s.held)
+		unix.Close(s.stat)
+		s.held, s.stat = -1, -1 // for whoever looks yet
+		s.looking.Unlock()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, p := range s.pipes {
@@ -2207,6 +2326,7 @@ func limitMemory(want int64) {
 	}
 	if want > 0 {
 		debug.SetMemoryLimit(want)
+		unix.Prctl(unix.PR_SET_THP_DISABLE, 1, 0, 0, 0) // a huge page counts until all of it is given back: 62 MB of a heap of 45 MB, and the end
 	}
 }
 
@@ -2303,15 +2423,18 @@ func (s *server) watchMemory(ctx context.Context) {
 	collected := time.Now()
 	for tick := time.Tick(100 * time.Millisecond); ctx.Err() == nil; {
 		used := memoryInUse()
-		if used > limit/10*9 && time.Since(collected) > time.Second {
-			runtime.GC() // what was let go does not show before one, which may be far off when nothing is taken in
+		if (used > limit/10*9 || s.sockets.full.Load()) && time.Since(collected) > time.Second {
+			debug.FreeOSMemory() // what was let go does not show before, which may be far off when nothing is taken in
 			used, collected = memoryInUse(), time.Now()
 		}
 		if s.limits.full.Store(used > limit/10*9 || s.sockets.full.Load()); used > limit/4*3 {
 			s.sayShort("memory runs short, idle connections are closed", fmt.Errorf("%d of %d bytes are in use (SLUICE_MEMORY_LIMIT)", used, limit))
 		}
-		if s.sockets.look(); s.sockets.bounded.Load() > 0 {
+		if s.sockets.look(); s.sockets.short.Load() {
 			s.sayShort("memory runs short, socket buffers are bounded", fmt.Errorf("half of the container's %d bytes are in use", s.sockets.heldMost))
+		}
+		if n := s.sockets.cut.Swap(0); n > 0 {
+			s.sayShort("memory runs short, connections are cut", fmt.Errorf("%d of them held the most of the container's %d bytes", n, s.sockets.heldMost))
 		}
 		select {
 		case <-tick:
@@ -2322,7 +2445,7 @@ func (s *server) watchMemory(ctx context.Context) {
 
 // watchSockets looks fifty times a second for a second after bytes may have begun to flow, until ctx ends: always would take 0.7% of a CPU.
 func (s *server) watchSockets(ctx context.Context) {
-	for tick := time.Tick(20 * time.Millisecond); s.sockets.held != nil && ctx.Err() == nil; {
+	for tick := time.Tick(20 * time.Millisecond); s.sockets.heldMost > 0 && ctx.Err() == nil; {
 		select {
 		case <-s.sockets.stirred:
 		case <-ctx.Done():

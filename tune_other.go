@@ -112,6 +112,9 @@ func (w *wire) readWithin(now time.Time, limit time.Duration) {
 	}
 }
 
+func (*wire) flow(int) {}
+func (*wire) rested()  {}
+
 func (w *wire) fill() error {
 	w.makeRoom()
 	n, err := w.tcp.Read(w.buf[w.w:])
