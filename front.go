@@ -1438,16 +1438,19 @@ func (t *flow) end(reason string) {
 
 // tick ends a tunnel whose time is over.
 func (t *flow) tick() {
-	at, reason := t.x.srv.cfg.tunnelEnd(t.since, t.since.Add(time.Duration(t.last.Load())+t.more), false)
-	left := time.Until(at)
-	if left <= 0 {
-		t.end(reason)
+	t.mu.Lock()
+	if t.reason != "" { // the exchange may serve another request by now
+		t.mu.Unlock()
 		return
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.reason == "" {
+	at, reason := t.x.srv.cfg.tunnelEnd(t.since, t.since.Add(time.Duration(t.last.Load())+t.more), false)
+	left := time.Until(at)
+	if left > 0 {
 		t.timer.Reset(left)
+	}
+	t.mu.Unlock()
+	if left <= 0 {
+		t.end(reason)
 	}
 }
 

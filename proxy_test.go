@@ -14013,6 +14013,11 @@ func TestH3UDPCapsulesAlone(t *testing.T) {
 	s.wantsEnd()
 }
 
+// TestH3UDPLateTick: a timer that fires while its tunnel ends leaves the exchange alone, which goes back then.
+func TestH3UDPLateTick(t *testing.T) {
+	(&flow{reason: "client_closed"}).tick() // has no exchange
+}
+
 // What is no capsule, or one that cannot be a datagram, ends the tunnel, and not well (RFC 9297, 3.3; RFC 9298, 5).
 func TestH3UDPBadCapsules(t *testing.T) {
 	p, u := startH3Proxy(t), startUDP(t)
