@@ -222,9 +222,9 @@ func (s *sockets) size(files int, memory int64) {
 	dirs, _ := cgroups("memory")
 	held, err := unix.Open(path.Join(dirs[0], "memory.current"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	stat, bad := unix.Open(path.Join(dirs[0], "memory.stat"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	receive, _ := os.ReadFile("/proc/sys/net/ipv4/tcp_rmem")
-	send, _ := os.ReadFile("/proc/sys/net/ipv4/tcp_wmem")
-	s.each = cmp.Or(number(string(receive), 2)+number(string(send), 2), 10<<20)
+	receive, _ := readSetting(sysctlFile("net.ipv4.tcp_rmem"))
+	send, _ := readSetting(sysctlFile("net.ipv4.tcp_wmem"))
+	s.each = cmp.Or(number(receive, 2)+number(send, 2), 10<<20)
 	if err == nil && bad == nil {
 		s.heldMost, s.held, s.stat, s.text, s.stirred = most, held, stat, make([]byte, 4<<10), make(chan struct{}, 1)
 	}
