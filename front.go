@@ -1238,7 +1238,7 @@ func (t *buffered) carry(dst, src *wire, closed string) (total int64) {
 		flows = len(p) == len(few) || len(p) == bufferSize
 		n, err := dst.tcp.Write(p)
 		t.x.srv.metrics.moved(n, dst == &t.x.c.wire)
-		src.flow(n)
+		src.passed(n)
 		if total += int64(n); err != nil {
 			t.end(t.x.c.severedBy())
 			return total

@@ -2763,7 +2763,7 @@ func (o *bodyWriter) copy(b *body, beforeRead func()) (readErr, writeErr error) 
 		if err = o.write(data, done, b); err != nil || done {
 			return nil, err
 		}
-		b.w.flow(len(data))
+		b.w.passed(len(data))
 		if len(data) == 0 {
 			beforeRead()
 			if err = b.fill(); err != nil {
@@ -2989,7 +2989,7 @@ const (
 //	(*wire).fill                 reads once, into what room there is or is made; an error only when nothing was read
 //	(*wire).readWithin           sets the time for the next bytes, as readBy does, from a given one on. It may fire early
 //	(*wire).write(limit, a,b,c)  sends up to three pieces with one system call, within limit
-//	(*wire).flow(n), rested()    take note of n bytes of a body or tunnel that went on, and of its end; elsewhere not
+//	(*wire).passed(n), rested()  take note of n bytes of a body or tunnel that went on, and of its end; elsewhere not
 //	(*wire).ask(limit, p)        sends p, if any, and waits for the first bytes that come (back)
 //	(*client).await              waits for a request, holding no buffer, and may serve those that need nothing more from the client;
 //	                             more = there is one to be read, or left. After parkAfter it may have the watcher call serve when

@@ -91,7 +91,6 @@ var (
 	binaries string
 )
 
-// TestMain has the runtime open its poller's descriptors before they are counted.
 // ports are those that freeAddr gives, of which each test process claims some for itself.
 var ports = struct {
 	first, count int
@@ -99,6 +98,7 @@ var ports = struct {
 	claim        net.Listener // holds them
 }{first: 10_000, count: 1000}
 
+// TestMain claims ports, and has the runtime open its poller's descriptors before they are counted.
 func TestMain(m *testing.M) {
 	for err := error(nil); runtime.GOOS == "linux" && ports.first < 29_000; ports.first += ports.count { // elsewhere the name would be a file
 		if ports.claim, err = net.Listen("unix", fmt.Sprintf("@sluice-test-%d", ports.first)); err == nil {

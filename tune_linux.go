@@ -43,20 +43,20 @@ type sockets struct {
 	most  int // pipes there may be
 	large int // pipes of pipeSize there may be
 
-	short    atomic.Bool   // half of the container's memory is in use
-	full     atomic.Bool   // what waits in sockets leaves no memory for more
-	heldMost int64         // of its memory the container may hold; 0 = there is no limit, or none of version 2 of cgroups
-	looking  sync.Mutex    // guards the next three
-	held     int           // memory.current, what the container holds
-	stat     int           // memory.stat, of what that is made up
-	text     []byte        // room for what is read of both
-	top      atomic.Int64  // the highest descriptor of a connection so far
-	each     int64         // bytes that a flow fills when its reader is slow, as the kernel has it
-	flows    atomic.Int64  // bodies, and directions of tunnels, that carry more than a buffer's worth
-	unseen   atomic.Int64  // bytes that have moved since somebody looked
-	cut      atomic.Int64  // connections that were cut since it was last told of
-	stirred  chan struct{} // has something when bytes may have begun to flow
-	bounded  atomic.Int64  // bytes asked for as the buffers of each connection, either way; 0 = the kernel's choice
+	short     atomic.Bool   // half of the container's memory is in use
+	full      atomic.Bool   // what waits in sockets leaves no memory for more
+	heldMost  int64         // of its memory the container may hold; 0 = there is no limit, or none of version 2 of cgroups
+	looking   sync.Mutex    // guards the next three
+	held      int           // memory.current, what the container holds
+	stat      int           // memory.stat, of what that is made up
+	text      []byte        // room for what is read of both
+	top       atomic.Int64  // the highest descriptor of a connection so far
+	each      int64         // bytes that a transfer fills when its reader is slow, as the kernel has it
+	unseen    atomic.Int64  // bytes that have moved since somebody looked
+	cut       atomic.Int64  // connections that were cut since it was last told of
+	stirred   chan struct{} // has something when bytes may have begun to flow
+	transfers atomic.Int64  // bodies, and directions of tunnels, that carry more than a buffer's worth
+	bounded   atomic.Int64  // bytes asked for as the buffers of each connection, either way; 0 = the kernel's choice
 
 	mu    sync.Mutex
 	pipes []*[2]int            // empty, for reuse; guarded by mu
@@ -251,10 +251,10 @@ func keepAlive(fd int) error {
 }
 
 // look keeps what waits in connections from using up the container's memory: with version 2 of cgroups it counts, and where a send finds none
-// left the process is killed. A flow of bytes whose reader is slow fills tcp_rmem and tcp_wmem, 10 MB as the kernel comes, so that 20 of them
-// used up 64 MiB. So many flows share half of the memory. What fewer flows take, and what waits in connections that have no flow, is looked
+// left the process is killed. A transfer whose reader is slow fills tcp_rmem and tcp_wmem, 10 MB as the kernel comes, so that 20 of them
+// used up 64 MiB. So many transfers share half of the memory. What fewer take, and what waits in connections that have none, is looked
 // at: from half of the memory on the buffers of all connections are bounded, from three quarters on more so, from seven eighths on nobody is
-// let in, and before there is none left connections are cut. Always, bounds would be slow: 4 flows over 20 ms have 88 rather than 270 Mbit/s.
+// let in, and before there is none left connections are cut. Always, bounds would be slow: 4 transfers over 20 ms have 88 rather than 270 Mbit/s.
 //
 // Nothing here tells Go's scheduler that it may block, as its calls cannot: it might be the turn of others then, whose bytes fill the memory.
 func (s *sockets) look() {
@@ -263,8 +263,8 @@ func (s *sockets) look() {
 	}
 	s.looking.Lock()
 	defer s.looking.Unlock()
-	most, used, bounded, flows := s.heldMost, s.inUse(), s.bounded.Load(), s.flows.Load()
-	fits, ample, least := s.share(flows), s.share(2*flows), most>>12
+	most, used, bounded, transfers := s.heldMost, s.inUse(), s.bounded.Load(), s.transfers.Load()
+	fits, ample, least := s.share(transfers), s.share(2*transfers), most>>12
 	s.unseen.Store(0)
 	s.short.Store(used > most/2)
 	switch s.full.Store(used > most/8*7); {
@@ -282,13 +282,13 @@ func (s *sockets) look() {
 	}
 }
 
-// share is what each of so many flows may ask for as a buffer; it fills two, each twice as large (socket(7)). 0 = what the kernel chooses: while
-// all together could take twice the memory at most, looks are soon enough, with 24 flows in 64 MiB, too.
-func (s *sockets) share(flows int64) int64 {
-	if flows*s.each <= 2*s.heldMost {
+// share is what each of so many transfers may ask for as a buffer; it fills two, each twice as large (socket(7)). 0 = what the kernel chooses:
+// while all together could take twice the memory at most, looks are soon enough, with 24 transfers in 64 MiB, too.
+func (s *sockets) share(transfers int64) int64 {
+	if transfers*s.each <= 2*s.heldMost {
 		return 0
 	}
-	return max(s.heldMost/8/flows, s.heldMost>>12)
+	return max(s.heldMost/8/transfers, s.heldMost>>12)
 }
 
 // inUse is what the container holds and the kernel cannot take back: files that it has read or written are kept while there is room.
@@ -338,8 +338,7 @@ func (s *sockets) shed(n int64) {
 	var conns []conn
 	for _, fd := range s.conns() {
 		var info [9]uint32 // SK_MEMINFO_VARS: what waits to be read is the first, what to be sent the sixth
-		size := uint32(len(info) * 4)
-		unix.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_MEMINFO, uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+		getOption(fd, unix.SO_MEMINFO, info[:])
 		if holds := int64(info[0]) + int64(info[5]); holds > s.heldMost>>12 { // a listener holds nothing
 			conns = append(conns, conn{fd, holds})
 		}
@@ -359,25 +358,31 @@ func (s *sockets) shed(n int64) {
 // conns are the connections' descriptors, and some more.
 func (s *sockets) conns() (fds []int) {
 	for fd := range int(s.top.Load()) + 1 {
-		protocol, size := int32(0), uint32(4)
-		unix.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_PROTOCOL, uintptr(unsafe.Pointer(&protocol)), uintptr(unsafe.Pointer(&size)), 0)
-		if protocol == unix.IPPROTO_TCP {
+		var protocol [1]uint32
+		if getOption(fd, unix.SO_PROTOCOL, protocol[:]); protocol[0] == unix.IPPROTO_TCP {
 			fds = append(fds, fd)
 		}
 	}
 	return fds
 }
 
-// flow takes note that n bytes of a body or tunnel were read from w and sent on. From a buffer's worth on they are a flow, until w has rested.
-func (w *wire) flow(n int) {
+// getOption reads an option of a socket into value, and leaves it alone where it cannot.
+func getOption(fd, option int, value []uint32) {
+	size := uint32(4 * len(value))
+	unix.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, uintptr(option), uintptr(unsafe.Pointer(&value[0])), uintptr(unsafe.Pointer(&size)), 0)
+}
+
+// passed takes note that n bytes of a body or tunnel were read from w and sent on. From a buffer's worth on they are a transfer, until w has
+// rested.
+func (w *wire) passed(n int) {
 	k := &w.srv.sockets
 	if w.io.carried += n; k.heldMost == 0 || w.io.carried <= bufferSize {
 		return
 	}
-	begins := !w.io.flows
+	begins := !w.io.transfer
 	if begins {
-		w.io.flows = true
-		k.flows.Add(1)
+		w.io.transfer = true
+		k.transfers.Add(1)
 		k.stir()
 	}
 	if k.unseen.Add(int64(n)) > k.heldMost>>6 || begins { // whoever moves much may keep the watch from its turn
@@ -385,11 +390,11 @@ func (w *wire) flow(n int) {
 	}
 }
 
-// rested ends a flow.
+// rested ends a transfer.
 func (w *wire) rested() {
-	if w.io.carried = 0; w.io.flows {
-		w.io.flows = false
-		w.srv.sockets.flows.Add(-1)
+	if w.io.carried = 0; w.io.transfer {
+		w.io.transfer = false
+		w.srv.sockets.transfers.Add(-1)
 	}
 }
 
@@ -660,8 +665,8 @@ type wireIO struct {
 	asking   []byte      // what ask has not sent yet
 	err      error       // of the last call of answered, filled or served
 	alarm    *time.Timer // ends a parked client's idleness; nil = none
-	carried  int         // bytes of the body or tunnel that is read; this and flows are owned by whoever reads
-	flows    bool        // counts in sockets.flows
+	carried  int         // bytes of the body or tunnel that is read; this and transfer are owned by whoever reads
+	transfer bool        // counts in sockets.transfers
 	writing  [3][]byte   // what write has not sent yet; this and writeErr are owned by whoever writes
 	writeErr error       // of the last call of written
 
@@ -1618,7 +1623,7 @@ func (m *move) armWrite() {
 
 func (m *move) count(n int) {
 	m.moved(n)
-	m.src.flow(n)
+	m.src.passed(n)
 }
 
 // flush moves what is buffered of src, up to limit bytes.

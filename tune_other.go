@@ -112,8 +112,8 @@ func (w *wire) readWithin(now time.Time, limit time.Duration) {
 	}
 }
 
-func (*wire) flow(int) {}
-func (*wire) rested()  {}
+func (*wire) passed(int) {}
+func (*wire) rested()    {}
 
 func (w *wire) fill() error {
 	w.makeRoom()
